@@ -1,0 +1,297 @@
+"""All settings: frozen, validated, the same for every job and for the server. Imports nothing heavy.
+
+A YAML file gives them, `--train.images=20000` on the command line overrides them, and an unknown key or a wrong
+value is an error that names the field. `python -m ray_jobs.train --config configs/demo.yaml --dry-run` prints the
+result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+EVALUATION_PROMPTS = (
+    "A MOMA artwork of: changing seasons",
+    "A MOMA artwork of: a coffee",
+    "A MOMA artwork of: an industrial setting",
+    "A MOMA artwork of: critique of the USA",
+    "A MOMA artwork of: Picasso and Monet",
+)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Source(Section):
+    """Where the artworks are."""
+
+    kind: Literal["moma", "folder"] = "moma"
+    """`moma`: a collection file in MoMA's CSV schema; `folder`: a folder or gs:// prefix of pictures."""
+    location: str = "http://127.0.0.1:8930/collection.csv"
+    """A URL or path of the collection file; or the folder or gs:// prefix."""
+    on_view_only: bool = True
+    """moma: only works on display now."""
+    limit: Positive | None = None
+    """Stop after so many works."""
+
+
+class Collect(Section):
+    """collect: a source's pictures -> clean pictures in the dataset."""
+
+    source: Source = Source()
+    max_side_px: Positive = 1024
+    """Pictures are scaled down to this; 512x512 training wants no more."""
+    max_pixels: Positive = 120_000_000
+    """More in the file's header than this is a decompression bomb."""
+    max_bytes: Positive = 50_000_000
+    matte: str = "#ffffff"
+    """What is put behind transparent pictures."""
+    tasks: Positive = 2
+    """Download tasks at a time."""
+    per_host: Positive = 4
+    """Connections to one host at a time, over all tasks."""
+    timeout_s: float = Field(default=30.0, gt=0)
+    attempts: Positive = 4
+    allow_private_addresses: bool = False
+    """Fetch from loopback and private networks too (the miniature museum is there)."""
+    user_agent: str = "momalisa/0.1 (art collection research; see README)"
+    max_bad_fraction: Fraction = 0.5
+    """Fail when more of the works than this were rejected."""
+    block_size: Positive = 64
+    """Works in one task and one Parquet file."""
+
+
+class Caption(Section):
+    """caption: pictures -> texts, by BLIP."""
+
+    model: str = "Salesforce/blip-image-captioning-base"
+    revision: str | None = None
+    prefix: str = "A MOMA artwork of: "
+    max_new_tokens: Positive = 40
+    batch: Positive = 16
+    actors: Positive = 1
+    cpus_per_actor: float = Field(default=1, gt=0)
+    gpus_per_actor: float = Field(default=0, ge=0)
+    max_bad_fraction: Fraction = 0.05
+
+
+class Encode(Section):
+    """encode: pictures -> latent moments, captions -> token ids."""
+
+    batch: Positive = 16
+    actors: Positive = 1
+    cpus_per_actor: float = Field(default=1, gt=0)
+    gpus_per_actor: float = Field(default=0, ge=0)
+    resolution_px: Positive = 512
+    """Square pictures of this size: the short side is scaled to it and the centre kept."""
+    max_bad_fraction: Fraction = 0.05
+
+    @model_validator(mode="after")
+    def _eight(self) -> Encode:
+        if self.resolution_px % 8:
+            raise ValueError(f"resolution_px={self.resolution_px} is not a multiple of 8; try {-(-self.resolution_px // 8) * 8}")
+        return self
+
+
+class Diffusion(Section):
+    """The base model that is fine-tuned and served."""
+
+    model: str = "CompVis/stable-diffusion-v1-4"
+    revision: str | None = None
+    variant: str | None = None
+    """A weight variant on the hub, such as fp16."""
+
+
+class Wandb(Section):
+    project: str = "momalisa"
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online when WANDB_API_KEY is set, else offline."""
+
+
+class Train(Section):
+    """train: cached latents -> checkpoints."""
+
+    seed: int = 0
+    images: Positive = 20_000
+    """The length of the run, in images seen."""
+    batch: Positive = 32
+    """The global batch: split evenly over the workers."""
+    accumulation: Positive = 1
+    """Backward passes to one optimizer step, on each worker."""
+    workers: Positive = 2
+    cpus_per_worker: float = Field(default=1, gt=0)
+    gpus_per_worker: float = Field(default=0, ge=0)
+    threads: Positive | None = None
+    """Threads of each worker on a CPU (default: cpus_per_worker)."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    learning_rate: float = Field(default=1e-5, gt=0)
+    warmup_images: Annotated[int, Field(ge=0)] = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    weight_decay: float = Field(default=1e-2, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    caption_dropout: Fraction = 0.1
+    min_snr_gamma: float | None = Field(default=5.0, gt=0)
+    lora_rank: Positive | None = None
+    """Train low-rank adapters of this rank on the attention layers instead of all weights."""
+    gradient_checkpointing: bool = False
+    held_out_fraction: float = Field(default=0.1, gt=0, lt=1)
+    """Works kept out of training, chosen by the hash of their id: promote measures on them."""
+    checkpoint_every_images: Positive = 5_000
+    evaluate_every_steps: Positive = 250
+    """Pictures of the evaluation prompts, at fixed seeds."""
+    evaluation_prompts: tuple[str, ...] = EVALUATION_PROMPTS
+    evaluation_steps: Positive = 20
+    max_failures: Annotated[int, Field(ge=0)] = 2
+
+    @model_validator(mode="after")
+    def _divides(self) -> Train:
+        unit = self.workers * self.accumulation
+        if self.batch % unit:
+            near = sorted({max(self.batch // unit, 1) * unit, -(-self.batch // unit) * unit})
+            raise ValueError(
+                f"batch={self.batch} is not a multiple of workers={self.workers} x accumulation={self.accumulation}; "
+                f"try {' or '.join(map(str, near))}"
+            )
+        return self
+
+
+class Promote(Section):
+    """promote: measure every checkpoint, choose, and move `refs/best`."""
+
+    timesteps: Positive = 10
+    """Timesteps of the held-out grid, evenly spread."""
+    max_pictures: Positive = 64
+    """Held-out pictures at most."""
+    distance_pictures: Annotated[int, Field(ge=0)] = 0
+    """Pictures generated for the distance to the collection (MMD); 0: leave it out."""
+    distance_steps: Positive = 12
+    distance_guidance: float = Field(default=3.0, ge=1)
+    clip_model: str | None = None
+    clip_revision: str | None = None
+    reference: Literal["collection", "wing"] = "collection"
+    """What generated pictures are compared with: held-out works, or further works of the miniature museum."""
+    batch: Positive = 32
+
+
+class Serve(Section):
+    """serve: refs/best behind HTTP."""
+
+    steps: Positive = 20
+    guidance_scale: float = Field(default=7.5, ge=1)
+    size_px: Positive = 512
+    max_pictures_per_request: Positive = 8
+    max_prompt_chars: Positive = 2_000
+    prompt_prefix: str = "A MOMA artwork of: "
+    """Put before what a visitor types, unless it is there already."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    max_batch: Positive = 8
+    """Pictures generated together by one replica."""
+    max_waiting: Positive = 64
+    """Requests that may wait in line; the next gets a 429."""
+
+
+class Settings(BaseSettings):
+    """One file for the whole way: collect, caption, encode, train, promote, serve."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, cli_implicit_flags=True)
+
+    name: str = Field(default="momalisa", pattern=r"^[a-z0-9][a-z0-9-]*$")
+    """The run's name: its checkpoints and its W&B run."""
+    root: str = "out/momalisa"
+    """A folder or gs://bucket/prefix that holds dataset, checkpoints and refs."""
+    ray_cpus_per_task: float = Field(default=1, gt=0)
+    diffusion: Diffusion = Diffusion()
+    collect: Collect = Collect()
+    caption: Caption = Caption()
+    encode: Encode = Encode()
+    train: Train = Train()
+    promote: Promote = Promote()
+    serve: Serve = Serve()
+    wandb: Wandb = Wandb()
+
+    @property
+    def dataset(self) -> str:
+        return f"{self.root.rstrip('/')}/dataset"
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be: the message names the file, the field, the value and the way out."""
+
+
+def from_file(path: str, overrides: list[str] | None = None) -> Settings:
+    """Read a YAML file, apply `--section.field=value` overrides, validate. Raises ConfigError."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror or error}; configs/ holds examples") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected `section:` entries at the top, found {type(values).__name__}")
+    return _build(values, overrides or [], path)
+
+
+def _build(values: dict[str, Any], overrides: list[str], origin: str) -> Settings:
+    class Sourced(Settings):
+        @classmethod
+        def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, **_: Any) -> tuple[Any, ...]:
+            command_line = CliSettingsSource(settings_cls, cli_parse_args=overrides, cli_exit_on_error=False, cli_prog_name=origin)
+            return (command_line, init_settings)
+
+    try:
+        merged = Sourced(**values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_problem(origin, item) for item in error.errors())) from None
+    except (SettingsError, argparse.ArgumentError) as error:
+        raise ConfigError(f"{origin} {' '.join(overrides)}: {error}") from None
+    return Settings.model_construct(**{name: getattr(merged, name) for name in Settings.model_fields})
+
+
+def _problem(origin: str, item: Any) -> str:
+    field = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"{origin}: {field} is not a setting; known ones here: {', '.join(_siblings(item['loc']))}"
+    given = "" if isinstance(item["input"], dict) else f" (given: {item['input']!r})"
+    return f"{origin}: {field}: {item['msg'].removeprefix('Value error, ')}{given}"
+
+
+def _siblings(location: tuple[Any, ...]) -> list[str]:
+    model: Any = Settings
+    for part in location[:-1]:
+        model = model.model_fields[part].annotation
+    return list(model.model_fields)
+
+
+def command_line(doc: str | None, module: str, arguments: list[str] | None = None) -> Settings:
+    """What every job begins with: parse, print and exit on `--help` or `--dry-run`, exit 2 on a wrong setting."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=doc,
+        epilog="Any setting can follow: --section.field=value. `--dry-run` prints them all.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="YAML", help="the settings, for example configs/demo.yaml")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
+    options, overrides = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
+    try:
+        settings = from_file(options.config, overrides)
+    except ConfigError as error:
+        parser.exit(2, f"{error}\n")
+    if options.dry_run:
+        print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
+        parser.exit(0)
+    return settings

@@ -1,0 +1,104 @@
+"""A dataset's versions: immutable manifests that name column families, and one pointer to the latest.
+
+    <dataset>/images/<hash>.parquet
+    <dataset>/captions/<captioner-id>/<hash>.parquet
+    <dataset>/latents/<encoder-id>/<hash>.parquet
+    <dataset>/manifests/<sha256>.json
+    <dataset>/refs/latest
+
+A stage writes its new tables, then a manifest that names them, and moves `refs/latest` last: a stage that is
+killed leaves files that nobody reads. A manifest holds no time and no run id, so the same content has the same hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pyarrow as pa
+
+from momalisa.records import OK
+from momalisa.storage import Store, canonical_json
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Version:
+    """What belongs together: the tables of each column family, by their paths."""
+
+    images: tuple[str, ...] = ()
+    captions: dict[str, tuple[str, ...]] = field(default_factory=dict)  # captioner id -> tables
+    latents: dict[str, tuple[str, ...]] = field(default_factory=dict)  # encoder id -> tables
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "images": sorted(self.images),
+            "captions": {key: sorted(paths) for key, paths in self.captions.items()},
+            "latents": {key: sorted(paths) for key, paths in self.latents.items()},
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Version:
+        if value.get("format") != FORMAT:
+            raise ValueError(f"manifest format {value.get('format')!r} is not {FORMAT}: this dataset was written by another release")
+        return cls(
+            images=tuple(value["images"]),
+            captions={key: tuple(paths) for key, paths in value["captions"].items()},
+            latents={key: tuple(paths) for key, paths in value["latents"].items()},
+        )
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(canonical_json(self.as_json())).hexdigest()
+
+    def with_images(self, paths: list[str]) -> Version:
+        return replace(self, images=tuple(sorted({*self.images, *paths})))
+
+    def with_captions(self, captioner_id: str, paths: list[str]) -> Version:
+        known = self.captions.get(captioner_id, ())
+        return replace(self, captions={**self.captions, captioner_id: tuple(sorted({*known, *paths}))})
+
+    def with_latents(self, encoder_id: str, paths: list[str]) -> Version:
+        known = self.latents.get(encoder_id, ())
+        return replace(self, latents={**self.latents, encoder_id: tuple(sorted({*known, *paths}))})
+
+
+class Dataset:
+    """A collection in a store: read its latest version, add to it, publish."""
+
+    def __init__(self, root: str) -> None:
+        self.store = Store(root)
+
+    def latest(self) -> Version:
+        """The published version; an empty one if nothing was ever published."""
+        if not self.store.exists("refs/latest"):
+            return Version()
+        pointer = self.store.read_json("refs/latest")
+        return Version.from_json(self.store.read_json(pointer["manifest"]))
+
+    def publish(self, version: Version) -> str:
+        """Write the manifest, then move `refs/latest` to it; returns the manifest's hash."""
+        digest = version.sha256
+        path = f"manifests/{digest}.json"
+        if not self.store.exists(path):
+            self.store.write_json(path, version.as_json())
+        self.store.write_json("refs/latest", {"manifest": path})
+        return digest
+
+    def rows(self, paths: tuple[str, ...] | list[str], columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+        """The rows of some tables, in order of path and row."""
+        for path in sorted(paths):
+            yield from self.store.get_table(path, columns).to_pylist()
+
+    def ids(self, paths: tuple[str, ...] | list[str], only_ok: bool = False) -> set[str]:
+        """The ids in some tables; `only_ok`: of rows without an error."""
+        return {row["id"] for row in self.rows(paths, ["id", "status"]) if not only_ok or row["status"] == OK}
+
+    def put_rows(self, folder: str, rows: list[dict[str, Any]], schema: pa.Schema) -> str:
+        """Write rows, ordered by id, as one table; returns its path."""
+        ordered = sorted(rows, key=lambda row: row["id"])
+        return self.store.put_table(folder, pa.Table.from_pylist(ordered, schema=schema))
