@@ -1,6 +1,7 @@
 """Published weights: a folder of safetensors, a manifest with every file's hash written last, and `refs/best`.
 
     <root>/checkpoints/<run>/<images seen>/weights/   a UNet folder as diffusers saves it, or a LoRA file
+    <root>/checkpoints/<run>/<images seen>/state/     what training resumes from
     <root>/checkpoints/<run>/<images seen>/manifest.json
     <root>/refs/best                                   which checkpoint hangs in the hall
 
@@ -39,6 +40,7 @@ class Checkpoint:
     base: dict[str, Any]  # model, revision, variant: the rest of the pipeline
     files: dict[str, str]  # name below weights/ -> sha256
     lora: bool = False
+    state: dict[str, str] = field(default_factory=dict)  # name below state/ -> sha256: what training resumes from
     training: dict[str, Any] = field(default_factory=dict)  # dataset manifest, settings, loss
 
     @property
@@ -50,10 +52,11 @@ class Checkpoint:
         return Diffusion(**self.base)
 
 
-def write(store: Store, checkpoint: Checkpoint, weights: Path) -> Checkpoint:
-    """Upload a folder of weights, then its manifest; returns the checkpoint with its hashes."""
+def write(store: Store, checkpoint: Checkpoint, weights: Path, state: Path | None = None) -> Checkpoint:
+    """Upload a folder of weights, and of trainer state, then the manifest; returns the checkpoint with its hashes."""
     files = store.upload(weights, f"{checkpoint.path}/weights")
-    complete = Checkpoint(**{**asdict(checkpoint), "files": files})
+    saved = store.upload(state, f"{checkpoint.path}/state") if state else {}
+    complete = Checkpoint(**{**asdict(checkpoint), "files": files, "state": saved})
     store.write_json(f"{checkpoint.path}/manifest.json", asdict(complete))
     return complete
 

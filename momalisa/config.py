@@ -152,6 +152,7 @@ class Train(Section):
     """Pictures of the evaluation prompts, at fixed seeds."""
     evaluation_prompts: tuple[str, ...] = EVALUATION_PROMPTS
     evaluation_steps: Positive = 20
+    evaluation_guidance: float = Field(default=7.5, ge=1)
     max_failures: Annotated[int, Field(ge=0)] = 2
 
     @model_validator(mode="after")
@@ -176,12 +177,21 @@ class Promote(Section):
     distance_pictures: Annotated[int, Field(ge=0)] = 0
     """Pictures generated for the distance to the collection (MMD); 0: leave it out."""
     distance_steps: Positive = 12
-    distance_guidance: float = Field(default=3.0, ge=1)
+    guidance_scale: float = Field(default=7.5, ge=1)
+    """Of the pictures that promote generates."""
     clip_model: str | None = None
     clip_revision: str | None = None
     reference: Literal["collection", "wing"] = "collection"
     """What generated pictures are compared with: held-out works, or further works of the miniature museum."""
     batch: Positive = 32
+    cpus_per_task: float = Field(default=1, gt=0)
+    gpus_per_task: float = Field(default=0, ge=0)
+    tasks: Positive = 2
+    """Pieces that the pictures of one model are generated in, side by side."""
+    contact_prompts: tuple[str, ...] = EVALUATION_PROMPTS
+    """Drawn by the base and by the best checkpoint at equal seeds, side by side."""
+    allow_worse: bool = False
+    """Promote the best checkpoint even where its held-out loss is not below the base's."""
 
 
 class Serve(Section):

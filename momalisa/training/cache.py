@@ -1,0 +1,70 @@
+"""The training set in memory: moments, captions and token ids of every encoded work."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from momalisa.dataset import Dataset
+from momalisa.records import OK
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """Rows in order of id. 64 KiB a row at 512x512, so 100,000 works are 6.4 GB."""
+
+    ids: list[str]
+    captions: list[str]
+    moments: torch.Tensor  # [N, 2C, H, W] float16: mean, log-variance
+    token_ids: torch.Tensor  # [N, L] int64
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def rows(self, indices: list[int]) -> LatentCache:
+        return LatentCache(
+            ids=[self.ids[i] for i in indices],
+            captions=[self.captions[i] for i in indices],
+            moments=self.moments[indices],
+            token_ids=self.token_ids[indices],
+        )
+
+
+def load(dataset: Dataset, tables: Sequence[str]) -> LatentCache:
+    """Every good row of some latents tables. Raises ValueError where there is none."""
+    rows = [row for row in dataset.rows(list(tables)) if row["status"] == OK]
+    if not rows:
+        raise ValueError(f"{dataset.store.root}: no work was encoded without an error; see the encode job's rejected rows")
+    rows.sort(key=lambda row: row["id"])
+    shapes = {(2 * row["channels"], row["height"], row["width"]) for row in rows}
+    if len(shapes) != 1:
+        raise ValueError(f"{dataset.store.root}: latents of several sizes {sorted(shapes)}; encode them at one resolution")
+    shape = shapes.pop()
+    moments = np.stack([np.frombuffer(row["moments"], dtype="<f2").reshape(shape) for row in rows])
+    return LatentCache(
+        ids=[row["id"] for row in rows],
+        captions=[row["caption"] for row in rows],
+        moments=torch.from_numpy(moments),
+        token_ids=torch.tensor([row["token_ids"] for row in rows], dtype=torch.int64),
+    )
+
+
+def split(cache: LatentCache, held_out_fraction: float) -> tuple[LatentCache, LatentCache]:
+    """(training, held out): chosen by the hash of the id, so a work never changes sides as a collection grows.
+
+    At least one work is held out and at least one is left to train on. Raises ValueError for fewer than two.
+    """
+    if len(cache) < 2:
+        raise ValueError(f"a collection of {len(cache)} works cannot be split into training and held-out; collect at least 2")
+    places = [int(hashlib.sha256(sample_id.encode()).hexdigest()[:8], 16) / 2**32 for sample_id in cache.ids]
+    held = [i for i, place in enumerate(places) if place < held_out_fraction]
+    if not held:
+        held = [places.index(min(places))]
+    if len(held) == len(cache):
+        held.remove(places.index(max(places)))
+    kept = set(held)
+    return cache.rows([i for i in range(len(cache)) if i not in kept]), cache.rows(held)

@@ -1,0 +1,69 @@
+"""From settings to a run: its name says everything that decides its result, so the same settings resume it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from momalisa.captioner import captioner_id
+from momalisa.config import Settings
+from momalisa.dataset import Dataset
+from momalisa.latents import encoder_id
+from momalisa.storage import Store
+from momalisa.training import cache as caches
+from momalisa.training.cache import LatentCache
+from momalisa.training.loop import Run
+from momalisa.weights import identity, short_id
+
+# Settings that decide how fast a run goes or how often it is looked at, but not its result.
+SHELL_SETTINGS = {
+    "workers",
+    "cpus_per_worker",
+    "gpus_per_worker",
+    "threads",
+    "evaluate_every_steps",
+    "evaluation_prompts",
+    "evaluation_steps",
+    "evaluation_guidance",
+    "max_failures",
+    "gradient_checkpointing",
+    "accumulation",
+    "checkpoint_every_images",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run's name and the tables it is trained on; cheap to make, small to send."""
+
+    name: str
+    encoder_id: str
+    tables: tuple[str, ...]
+
+
+def plan(settings: Settings) -> Plan:
+    """Name the run that these settings and the dataset's latest version make."""
+    encoder = encoder_id(settings, captioner_id(settings.caption))
+    tables = Dataset(settings.dataset).latest().latents.get(encoder, ())
+    if not tables:
+        raise ValueError(f"{settings.dataset} holds no latents of encoder {encoder}: run the encode job first")
+    decisive = settings.train.model_dump(exclude=SHELL_SETTINGS)
+    base = identity(settings.diffusion.model, settings.diffusion.revision)
+    return Plan(f"{settings.name}-{short_id(decisive, base, sorted(tables))}", encoder, tuple(sorted(tables)))
+
+
+def split(settings: Settings, planned: Plan) -> tuple[LatentCache, LatentCache]:
+    """The run's works: (training, held out)."""
+    return caches.split(caches.load(Dataset(settings.dataset), planned.tables), settings.train.held_out_fraction)
+
+
+def load(settings: Settings, planned: Plan) -> Run:
+    """Everything a trainer needs."""
+    training, _ = split(settings, planned)
+    return Run(
+        name=planned.name,
+        train=settings.train,
+        diffusion=settings.diffusion,
+        cache=training,
+        store=Store(settings.root),
+        provenance={"encoder_id": planned.encoder_id, "tables": list(planned.tables)},
+    )
