@@ -18,6 +18,7 @@ from PIL import Image
 from momalisa import checkpoint as checkpoints
 from momalisa.checkpoint import BEST, Checkpoint, NoCheckpoint
 from momalisa.config import Settings
+from momalisa.contact_sheet import contact_sheet
 from momalisa.dataset import Dataset
 from momalisa.diffusion import Schedule
 from momalisa.engine import Engine, Request
@@ -28,7 +29,8 @@ from momalisa.training import run as runs
 from momalisa.training.run import Plan
 from momalisa.weights import identity, short_id
 
-PICTURE_SEED = 1000
+PICTURE_SEED = 10_000
+CONTACT_SEED = 1000  # as the evaluation pictures of training
 
 
 class NoImprovement(RuntimeError):
@@ -97,19 +99,33 @@ def opened(pictures: Sequence[bytes]) -> list[Image.Image]:
     return [Image.open(io.BytesIO(data)).convert("RGB") for data in pictures]
 
 
-def references(settings: Settings, planned: Plan) -> list[tuple[str, Image.Image]]:
-    """(caption, picture) pairs that generated pictures are compared with: twice `distance_pictures` of the wing, whose
-    works never end, or the collection's held-out works."""
-    prefix, count = settings.caption.prefix, settings.promote.distance_pictures
+def references(settings: Settings, planned: Plan) -> tuple[list[tuple[str, Image.Image]], list[Image.Image]]:
+    """(caption, picture) pairs that generated pictures are compared with, and more pictures of the same captions.
+
+    The miniature museum's works never end, so both come from seeds that nobody has seen; a real collection has its
+    held-out works and no more.
+    """
     if settings.promote.reference == "wing":
         from momalisa.miniature.wing import further_works
 
-        return [(prefix + caption, picture) for caption, picture in further_works(2 * count)]
+        count = settings.promote.distance_pictures
+        pairs = [(settings.caption.prefix + caption, picture) for caption, picture in further_works(count, seed=1)]
+        return pairs, [picture for _, picture in further_works(count, seed=2)]
     _, held_out = runs.split(settings, planned)
     captions = dict(zip(held_out.ids, held_out.captions, strict=True))
     dataset = Dataset(settings.dataset)
     rows = dataset.rows(dataset.latest().images, ["id", "bytes"])
-    return [(captions[row["id"]], opened([row["bytes"]])[0]) for row in rows if row["id"] in captions][:count]
+    pairs = [(captions[row["id"]], opened([row["bytes"]])[0]) for row in rows if row["id"] in captions]
+    return pairs[: settings.promote.distance_pictures], []
+
+
+def comparison(settings: Settings, prompts: Sequence[str], base: Sequence[bytes], best: Sequence[bytes]) -> bytes:
+    """The contact sheet as a PNG: for each prompt, the base's picture and the best's."""
+    rows = [
+        (prompt.removeprefix(settings.caption.prefix), pair)
+        for prompt, pair in zip(prompts, zip(opened(base), opened(best), strict=True), strict=True)
+    ]
+    return png(contact_sheet(rows, min(settings.encode.resolution_px, 256)))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,101 @@
+"""train: fine-tune the base model on the encoded works, with DDP workers under Ray Train.
+
+    python -m ray_jobs.train --config configs/demo.yaml [--train.images=20000 ...]
+    ray job submit --runtime-env runtime_env.yaml -- python -m ray_jobs.train --config configs/sd14.yaml
+
+The same settings name the same run: started again, it goes on from its last checkpoint, and when it is complete it
+says so. W&B follows it (offline without WANDB_API_KEY); pictures of the evaluation prompts go to reports/<run>/.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from momalisa.config import Settings, command_line
+
+if TYPE_CHECKING:
+    from momalisa.training.run import Plan
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Train to the end and return the stage's summary."""
+    from momalisa.checkpoint import read_all
+    from momalisa.storage import Store
+    from momalisa.training import run as runs
+
+    began = time.monotonic()
+    planned, store = runs.plan(settings), Store(settings.root)
+    training, held_out = runs.split(settings, planned)
+    before = read_all(store, planned.name)
+    seen = before[-1].images_seen if before else 0
+    new = seen < settings.train.images
+    if new:
+        fit(settings, planned)
+        before = read_all(store, planned.name)
+    else:
+        print(f"train: nothing new (run {planned.name} has seen its {seen} images)")
+    return {
+        "stage": "train",
+        "run": planned.name,
+        "rows_in": len(training) + len(held_out),
+        "rows_out": len(before),
+        "rejected": 0,
+        "held_out": len(held_out),
+        "images_seen": before[-1].images_seen,
+        "resumed_from": seen if new else None,
+        "losses": before[-1].training["losses"],
+        "new": int(new),
+        "seconds": time.monotonic() - began,
+    }
+
+
+def fit(settings: Settings, planned: Plan) -> None:
+    """Run Ray Train's workers over the library's loop."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from ray_jobs._cluster import connect
+
+    connect()
+    chosen = settings.train
+    resources = {"CPU": chosen.cpus_per_worker} | ({"GPU": chosen.gpus_per_worker} if chosen.gpus_per_worker else {})
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"settings": settings, "plan": planned},
+        scaling_config=ScalingConfig(
+            num_workers=chosen.workers, use_gpu=chosen.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=planned.name,
+            storage_path=f"{settings.root}/ray_train",
+            failure_config=FailureConfig(max_failures=chosen.max_failures),
+        ),
+    )
+    trainer.fit()
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """One DDP worker: the library's trainer, with Ray and W&B listening."""
+    import ray.train
+    import torch
+
+    from momalisa.training import run as runs
+    from momalisa.training.loop import Trainer
+    from momalisa.training.watch import watch
+
+    settings: Settings = config["settings"]
+    context = ray.train.get_context()
+    torch.set_num_threads(settings.train.threads or max(1, int(settings.train.cpus_per_worker)))
+    with watch(settings, config["plan"], enabled=context.get_world_rank() == 0) as events:
+        events.synchronise = ray.train.report
+        Trainer(runs.load(settings, config["plan"]), events, workers=context.get_world_size()).train()
+
+
+def main() -> None:
+    summary = run(command_line(__doc__, "ray_jobs.train"))
+    print(f"train: {summary['images_seen']} images seen, {summary['rows_out']} checkpoints, {summary['seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
