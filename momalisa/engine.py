@@ -114,9 +114,8 @@ class Engine:
         texts = [request.prompt for request in requests] + [requests[row].negative_prompt for row in guided]
         states = self._embed(texts)  # [B + G, L, D]
         scale = torch.tensor([requests[row].guidance_scale for row in guided], device=self.device).view(-1, 1, 1, 1)
-        latents = self._noise(requests)
         scheduler = self._scheduler(requests[0].steps)
-        latents = latents * scheduler.init_noise_sigma
+        latents: Tensor = self._noise(requests) * scheduler.init_noise_sigma
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             for timestep in scheduler.timesteps:
                 rows = scheduler.scale_model_input(torch.cat([latents, latents[guided]]), timestep)
