@@ -1,0 +1,60 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both set everything up first.
+
+PYTHON ?= python3
+# Where pip's default torch brings gigabytes of CUDA that you do not want, name an index with CPU builds, as PyTorch's
+# installation page gives it: make demo TORCH_INDEX=https://...
+TORCH_INDEX ?=
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG ?= configs/demo.yaml
+
+.DEFAULT_GOAL := help
+.PHONY: help demo stop test test-slow check format submit weights evaluate clean-venv
+
+help: ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	@date +%s > .install-started
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@echo $$(( $$(date +%s) - $$(cat .install-started) )) > $@ && rm .install-started
+	@echo "installed in $$(cat $@) s"
+
+demo: $(VENV)/.ready ## a museum's pictures in, a generator out, on this machine; leaves the service up
+	$(BIN)/python deploy/local/demo.py up --install-seconds $$(cat $(VENV)/.ready)
+
+stop: ## end what `make demo` started
+	@if [ -x $(BIN)/python ]; then $(BIN)/python deploy/local/demo.py stop; fi
+
+test: $(VENV)/.ready ## unit and integration tests, under ten minutes, no network
+	$(BIN)/pytest -q
+
+test-slow: $(VENV)/.ready ## what takes longer: kills, full size, a browser
+	$(BIN)/pytest -q -m slow
+
+check: $(VENV)/.ready ## ruff, mypy strict, the import rules, every configuration
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest -q tests/test_config.py
+
+format: $(VENV)/.ready ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+submit: $(VENV)/.ready ## one stage on a running cluster: make submit STAGE=train CONFIG=configs/sd14.yaml
+	$(BIN)/ray job submit --runtime-env runtime_env.yaml -- python -m ray_jobs.$(STAGE) --config $(CONFIG)
+
+weights: $(VENV)/.ready ## train the miniature models from nothing (hours on a CPU, resumable)
+	$(BIN)/python -m momalisa.miniature.train --work out/miniature
+
+evaluate: $(VENV)/.ready ## measure the miniature models
+	$(BIN)/python -m momalisa.miniature.evaluate --sheet out/evaluation.png
+
+clean-venv: ## forget the virtual environment
+	rm -rf $(VENV)
