@@ -56,4 +56,4 @@ class Tracker:
         self._run.log_artifact(artifact, aliases=[alias, "latest"])
 
     def finish(self) -> None:
-        self._run.finish(quiet=True)
+        self._run.finish()
