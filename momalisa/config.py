@@ -257,8 +257,12 @@ def from_file(path: str, overrides: list[str] | None = None) -> Settings:
 def _build(values: dict[str, Any], overrides: list[str], origin: str) -> Settings:
     class Sourced(Settings):
         @classmethod
-        def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, **_: Any) -> tuple[Any, ...]:
-            command_line = CliSettingsSource(settings_cls, cli_parse_args=overrides, cli_exit_on_error=False, cli_prog_name=origin)
+        def settings_customise_sources(  # type: ignore[override]  # the environment and its files are not asked
+            cls, settings_cls: Any, init_settings: Any, **_: Any
+        ) -> tuple[Any, ...]:
+            command_line: CliSettingsSource[Any] = CliSettingsSource(
+                settings_cls, cli_parse_args=overrides, cli_exit_on_error=False, cli_prog_name=origin
+            )
             return (command_line, init_settings)
 
     try:

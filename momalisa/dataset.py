@@ -44,7 +44,9 @@ class Version:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Version:
         if value.get("format") != FORMAT:
-            raise ValueError(f"manifest format {value.get('format')!r} is not {FORMAT}: this dataset was written by another release")
+            raise ValueError(
+                f"manifest format {value.get('format')!r} is not {FORMAT}: this dataset was written by another release"
+            )
         return cls(
             images=tuple(value["images"]),
             captions={key: tuple(paths) for key, paths in value["captions"].items()},

@@ -138,7 +138,11 @@ class Distance:
 
 
 def distance(
-    settings: Settings, reference: Sequence[Image.Image], more: Sequence[Image.Image], base: Sequence[bytes], best: Sequence[bytes]
+    settings: Settings,
+    reference: Sequence[Image.Image],
+    more: Sequence[Image.Image],
+    base: Sequence[bytes],
+    best: Sequence[bytes],
 ) -> Distance:
     """How far the base's and the best's pictures are from the reference."""
     assert settings.promote.clip_model is not None

@@ -29,7 +29,13 @@ GRID_SEED = 1929
 
 @torch.no_grad()
 def held_out_losses(
-    unet: Any, schedule: Schedule, text_encoder: TextEncoder, scaling_factor: float, cache: LatentCache, timesteps: int, batch: int
+    unet: Any,
+    schedule: Schedule,
+    text_encoder: TextEncoder,
+    scaling_factor: float,
+    cache: LatentCache,
+    timesteps: int,
+    batch: int,
 ) -> np.ndarray:
     """Mean squared noise error of each held-out work over `timesteps` even timesteps: [N] float64.
 
@@ -106,4 +112,5 @@ def mmd2(x: np.ndarray, y: np.ndarray) -> float:
 
 def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     squared = (x * x).sum(1)[:, None] + (y * y).sum(1)[None, :] - 2 * x @ y.T
-    return np.exp(-squared.clip(min=0) / (2 * KERNEL_BANDWIDTH**2))
+    kernel: np.ndarray = np.exp(-squared.clip(min=0) / (2 * KERNEL_BANDWIDTH**2))
+    return kernel

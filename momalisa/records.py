@@ -62,7 +62,7 @@ CAPTIONS = pa.schema(
 LATENTS = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
-        pa.field("moments", pa.binary(), nullable=False),  # fp16, little endian, [2 * channels, height, width]: mean, log-variance
+        pa.field("moments", pa.binary(), nullable=False),  # fp16, little endian [2C, H, W]: mean, log-variance
         pa.field("channels", pa.int32(), nullable=False),  # of a latent (half the moments')
         pa.field("height", pa.int32(), nullable=False),  # in latent places
         pa.field("width", pa.int32(), nullable=False),

@@ -15,10 +15,12 @@ from momalisa.storage import Store
 STYLE = """
 :root{color-scheme:light}
 body{font:16px/1.55 Georgia,serif;color:#222;background:#f6f3ec;margin:0 auto;max-width:1060px;padding:2.5rem 1.5rem}
-h1{font-weight:normal;font-size:2.4rem;margin:0 0 .2em} h2{font-weight:normal;margin:2.2em 0 .5em;border-bottom:1px solid #cbc3b1}
+h1{font-weight:normal;font-size:2.4rem;margin:0 0 .2em}
+h2{font-weight:normal;margin:2.2em 0 .5em;border-bottom:1px solid #cbc3b1}
 table{border-collapse:collapse;width:100%;font:14px/1.5 system-ui,sans-serif} th,td{text-align:left;padding:.35em .8em .35em 0;
 border-bottom:1px solid #e2dccd;vertical-align:top} td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
-.lede{color:#665;font-style:italic} figure{margin:0;display:inline-block} img{max-width:100%;background:#fff;border:1px solid #ddd5c3}
+.lede{color:#665;font-style:italic} figure{margin:0;display:inline-block}
+img{max-width:100%;background:#fff;border:1px solid #ddd5c3}
 .cards{display:flex;flex-wrap:wrap;gap:1rem} .card{background:#fff;border:1px solid #ddd5c3;padding:1rem 1.2rem;flex:1 1 200px}
 .card b{display:block;font-size:1.7rem;font-weight:normal} .card span{color:#665;font:13px system-ui,sans-serif}
 """
@@ -51,18 +53,19 @@ def rejected(settings: Settings) -> list[dict[str, str]]:
 def page(settings: Settings, stages: Sequence[dict[str, Any]], figures: dict[str, Any]) -> str:
     """The report as HTML, pictures inside."""
     by_stage = {stage["stage"]: stage for stage in stages}
-    run = by_stage["train"]["run"]
+    run, name = by_stage["train"]["run"], html.escape(settings.name)
     sections = [
-        f"<h1>{html.escape(settings.name)}</h1><p class=lede>A collection became a generator in {_duration(figures['elapsed_s'])}.</p>",
+        f"<h1>{name}</h1><p class=lede>A collection became a generator in {_duration(figures['elapsed_s'])}.</p>",
         _cards(figures),
         "<h2>Stages</h2>" + _stages(stages),
-        "<h2>Base (left) and fine-tuned (right), equal seeds</h2>" + _picture(settings, f"reports/{run}/contact.png", "contact sheet"),
+        "<h2>Base (left) and fine-tuned (right), equal seeds</h2>",
+        _picture(settings, f"reports/{run}/contact.png", "contact sheet"),
         "<h2>Loss</h2>" + curves(by_stage["train"]["losses"], by_stage["promote"]["scores"]["heldout_curve"]),
         "<h2>The evaluation prompts while training</h2>" + _evaluations(settings, run),
         "<h2>Works that could not be used</h2>" + _rejected(rejected(settings)),
     ]
     body = "\n".join(sections)
-    return f'<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(settings.name)}</title><style>{STYLE}</style>{body}'
+    return f"<!doctype html><html lang=en><meta charset=utf-8><title>{name}</title><style>{STYLE}</style>{body}"
 
 
 def write(settings: Settings, stages: Sequence[dict[str, Any]], elapsed_s: float) -> dict[str, Any]:
@@ -149,11 +152,15 @@ def curves(losses: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, fl
         y = 10 + (y_max - point[1]) / span * (height - bottom - 20)
         return f"{x:.1f},{y:.1f}"
 
-    dots = "".join(f'<circle cx="{place(p).split(",")[0]}" cy="{place(p).split(",")[1]}" r="4" fill="#b5432a"/>' for p in held_out)
-    labels = "".join(
-        f'<text x="{left - 8}" y="{10 + share * (height - bottom - 20) + 4:.0f}" text-anchor="end">{y_max - share * span:.3f}</text>'
-        for share in (0, 0.5, 1)
-    )
+    def label(share: float) -> str:
+        y = 10 + share * (height - bottom - 20) + 4
+        return f'<text x="{left - 8}" y="{y:.0f}" text-anchor="end">{y_max - share * span:.3f}</text>'
+
+    def dot(point: Sequence[float]) -> str:
+        x, y = place(point).split(",")
+        return f'<circle cx="{x}" cy="{y}" r="4" fill="#b5432a"/>'
+
+    dots, labels = "".join(map(dot, held_out)), "".join(map(label, (0, 0.5, 1)))
     return (
         f'<svg viewBox="0 0 {width} {height}" style="width:100%;background:#fff;border:1px solid #ddd5c3;font:12px system-ui">'
         f'<polyline points="{" ".join(map(place, losses))}" fill="none" stroke="#8a8f98" stroke-width="1.2"/>'

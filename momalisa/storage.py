@@ -7,6 +7,7 @@ changed in place but a `refs/` pointer.
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import io
 import json
@@ -66,7 +67,7 @@ class Store:
     def write_json(self, path: str, value: Any) -> None:
         self.write_bytes(path, canonical_json(value))
 
-    def list(self, folder: str) -> list[str]:
+    def list(self, folder: str) -> builtins.list[str]:
         """Every file below a folder, relative to the root, sorted; partial writes are not files."""
         try:
             found = self._fs.find(self._full(folder))
@@ -83,7 +84,7 @@ class Store:
             self.write_bytes(path, data)
         return path
 
-    def get_table(self, path: str, columns: list[str] | None = None) -> pa.Table:
+    def get_table(self, path: str, columns: builtins.list[str] | None = None) -> pa.Table:
         return pq.read_table(io.BytesIO(self.read_bytes(path)), columns=columns)
 
     def upload(self, directory: Path, folder: str) -> dict[str, str]:
@@ -108,7 +109,9 @@ class Store:
             data = self.read_bytes(f"{folder}/{name}")
             actual = hashlib.sha256(data).hexdigest()
             if actual != expected:
-                raise ValueError(f"{self.url(f'{folder}/{name}')} has sha256 {actual[:16]}..., its manifest says {expected[:16]}...")
+                raise ValueError(
+                    f"{self.url(f'{folder}/{name}')} has sha256 {actual[:16]}..., its manifest says {expected[:16]}..."
+                )
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
             partial.write_bytes(data)

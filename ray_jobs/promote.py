@@ -9,6 +9,7 @@ artifact with the alias `best`, and writes refs/best last.
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
 from pathlib import Path
@@ -34,7 +35,7 @@ def run(settings: Settings) -> dict[str, Any]:
     evidence = promotion.evidence_id(settings, found)
     pointer = promotion.promoted(settings)
     new = pointer is None or pointer["evidence"] != evidence
-    if new:
+    if pointer is None or new:
         connect()
         paths = [None, *(checkpoint.path for checkpoint in found)]
         base, *scored = _map(settings, promotion.losses, [(settings, planned, paths)])[0]
@@ -102,7 +103,7 @@ def measure(settings: Settings, planned: Plan, best: Checkpoint) -> Distance | N
         for start in starts
     ]
     parts = _map(settings, promotion.generate, calls)
-    drawn = [sum(parts[: len(starts)], []), sum(parts[len(starts) :], [])]
+    drawn = [list(itertools.chain.from_iterable(half)) for half in (parts[: len(starts)], parts[len(starts) :])]
     pictures = [picture for _, picture in reference]
     measured: Distance = _map(settings, promotion.distance, [(settings, pictures, more, *drawn)])[0]
     print(f"promote: distance to the collection {measured.best:.3f} (base {measured.base:.3f})", flush=True)

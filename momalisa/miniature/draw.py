@@ -260,7 +260,7 @@ def _draw_stripes(canvas: _Canvas, scene: Scene) -> None:
 
 
 def _draw_face(canvas: _Canvas, scene: Scene) -> None:
-    skin, ground = scene.colours
+    skin, _ = scene.colours
     ink = _contrast(skin)
     x, y, rx, ry = canvas.jitter(64, 4), canvas.jitter(64, 3), canvas.jitter(36, 2), canvas.jitter(46, 2)
     canvas.disc(x, y, rx, ry, skin)
@@ -283,7 +283,7 @@ def _draw_cup(canvas: _Canvas, scene: Scene) -> None:
 
 
 def _draw_factory(canvas: _Canvas, scene: Scene) -> None:
-    walls, sky = scene.colours
+    walls, _ = scene.colours
     x, top = canvas.jitter(18, 4), canvas.jitter(72, 3)
     canvas.box(0, 112, 128, 16, (110, 110, 112))
     for i in range(3):

@@ -72,7 +72,7 @@ def build_blip_tokenizer() -> BertTokenizer:
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     tokens = [*special, *characters, *("##" + c for c in characters if c.isalnum()), *words, "[DEC]"]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
-    return BertTokenizer(vocab=vocabulary, bos_token="[DEC]", model_max_length=64)
+    return BertTokenizer(vocab=vocabulary, bos_token="[DEC]", model_max_length=64)  # noqa: S106
 
 
 def build_vae() -> AutoencoderKL:

@@ -81,10 +81,7 @@ def to_tensor(pictures: list[Any]) -> torch.Tensor:
 
 def drawings(count: int, rng: random.Random, distinct: bool = False) -> tuple[torch.Tensor, list[draw.Scene]]:
     """`count` drawings of training scenes; `distinct`: no scene twice."""
-    if distinct:
-        scenes = rng.sample(draw.training_scenes(), count)
-    else:
-        scenes = [draw.sample_scene(rng) for _ in range(count)]
+    scenes = rng.sample(draw.training_scenes(), count) if distinct else [draw.sample_scene(rng) for _ in range(count)]
     return to_tensor([draw.draw(scene, rng.getrandbits(32)) for scene in scenes]), scenes
 
 
@@ -106,7 +103,7 @@ def normalised(pictures: torch.Tensor, mean: list[float], std: list[float]) -> t
 class Task:
     """One model in training: the module, and the loss of a step."""
 
-    module: torch.nn.Module
+    module: Any
 
     def loss(self, step: int, device: torch.device) -> torch.Tensor:
         """The training loss of a step, a scalar."""
@@ -136,7 +133,8 @@ class VaeTask(Task):
         decoded = self.module.decode(posterior.mean + posterior.std * noise).sample.float()
         error = decoded - pictures
         kl = posterior.kl().float().mean()
-        return error.square().mean() + 0.1 * error.abs().mean() + 1e-6 * kl
+        total: torch.Tensor = error.square().mean() + 0.1 * error.abs().mean() + 1e-6 * kl
+        return total
 
 
 class ClipTask(Task):
@@ -170,15 +168,16 @@ class BlipTask(Task):
     def loss(self, step: int, device: torch.device) -> torch.Tensor:
         rng, generator = seeded("blip", step)
         pictures, scenes = drawings(self.batch, rng)
-        pictures = normalised(weathered(pictures, generator, 0.7), self.image_processor.image_mean, self.image_processor.image_std)
+        pictures = normalised(
+            weathered(pictures, generator, 0.7), self.image_processor.image_mean, self.image_processor.image_std
+        )
         tokens = self.tokenizer([scene.caption for scene in scenes], padding=True, return_tensors="pt").to(device)
         ids = tokens.input_ids
         ids[:, 0] = self.tokenizer.bos_token_id
         labels = ids.masked_fill(tokens.attention_mask == 0, -100)
-        output = self.module(
-            pixel_values=pictures.to(device), input_ids=ids, attention_mask=tokens.attention_mask, labels=labels
-        )
-        return output.loss.float()
+        output = self.module(pixel_values=pictures.to(device), input_ids=ids, attention_mask=tokens.attention_mask, labels=labels)
+        loss: torch.Tensor = output.loss.float()
+        return loss
 
 
 class UnetTask(Task):
@@ -222,13 +221,12 @@ class UnetTask(Task):
         snr = alphas / (1 - alphas)
         weights = (snr.clamp(max=MIN_SNR_GAMMA) / snr).to(device)
         per_sample = (predicted - noise.to(device)).square().mean(dim=(1, 2, 3))
-        return (weights * per_sample).mean()
+        loss: torch.Tensor = (weights * per_sample).mean()
+        return loss
 
 
 @torch.no_grad()
-def encoded_drawings(
-    work: Path, vae: Any, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, list[draw.Scene]]:
+def encoded_drawings(work: Path, vae: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, list[draw.Scene]]:
     """Mean and standard deviation [N, 4, 16, 16] fp16 of the UNet's drawings, encoded once and kept on disk."""
     rng, _ = seeded("drawings")
     plan = [(draw.sample_scene(rng), rng.getrandbits(32)) for _ in range(DRAWINGS)]
@@ -351,7 +349,8 @@ def export(work: Path, out: Path, recipes: dict[str, Recipe]) -> None:
     """Write the four models in `save_pretrained` layouts, and `training.json` last."""
     states = {name: load_state(work / f"{name}.pt") for name in RECIPES}
     clip_tokenizer, blip_tokenizer = models.build_clip_tokenizer(), models.build_blip_tokenizer()
-    clip, blip, vae, unet = models.build_clip(clip_tokenizer), models.build_blip(blip_tokenizer), models.build_vae(), models.build_unet()
+    clip, blip = models.build_clip(clip_tokenizer), models.build_blip(blip_tokenizer)
+    vae, unet = models.build_vae(), models.build_unet()
     for name, module in (("clip", clip), ("blip", blip), ("vae", vae), ("unet", unet)):
         module.load_state_dict(states[name]["ema"])
         module.eval()

@@ -88,7 +88,8 @@ class Trainer:
 
     @property
     def _bare_optimizer(self) -> torch.optim.Optimizer:
-        return getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+        bare: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+        return bare
 
     def train(self) -> Progress:
         """Run to the end. Raises FloatingPointError at a loss that is not a number; the last checkpoint stands."""
@@ -129,7 +130,8 @@ class Trainer:
         if ends or progress.images_seen // settings.checkpoint_every_images > previous // settings.checkpoint_every_images:
             if self.accelerator.is_main_process:
                 self.events.checkpointed(self.save())
-            self.events.synchronise({"loss": progress.losses[-1][1] if progress.losses else math.nan, "images_seen": progress.images_seen})
+            loss = progress.losses[-1][1] if progress.losses else math.nan
+            self.events.synchronise({"loss": loss, "images_seen": progress.images_seen})
 
     def step(self) -> torch.Tensor:
         """One optimizer step over one global batch; returns this worker's mean loss, a scalar on the device."""
@@ -222,4 +224,3 @@ def trainable(unet: Any, settings: Train) -> dict[str, torch.nn.Parameter]:
     else:
         unet.requires_grad_(True)
     return {name: value for name, value in unet.named_parameters() if value.requires_grad}
-

@@ -25,7 +25,9 @@ class Progress:
     losses: list[tuple[int, float]] = field(default_factory=list)  # (images seen, mean loss since the last entry)
 
 
-def save(directory: Path, parameters: dict[str, torch.nn.Parameter], ema: Ema, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+def save(
+    directory: Path, parameters: dict[str, torch.nn.Parameter], ema: Ema, optimizer: torch.optim.Optimizer, progress: Progress
+) -> None:
     """Write both files into a directory. Parameters are named; the optimizer's state follows their names."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {f"model/{name}": value.detach().contiguous() for name, value in parameters.items()}
