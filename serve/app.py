@@ -1,0 +1,102 @@
+"""The Ray Serve application: an HTTP layer in front of generator replicas.
+
+    serve deploy serve/config.yaml        on a running cluster
+    serve run serve.app:build             here and now, with configs/demo.yaml
+
+This file keeps annotations as classes (no `from __future__ import annotations`): Serve reads `ServeArgs` off `build`.
+"""
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from ray import serve as ray_serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from momalisa import config
+from serve.api import RETRY_AFTER_S, create_app
+from serve.work import Busy, Commission, Failed, Outcome, Unavailable
+
+ANSWER_WITHIN_S = 5.0
+HOME = "MOMALISA_HOME"
+
+
+class ServeArgs(BaseModel):
+    """`args` of the application in a Serve config file."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    config: str = "configs/demo.yaml"
+    """The settings file; a relative path starts at $MOMALISA_HOME, or else at the repository's root."""
+    overrides: list[str] = []
+    """Settings on top, as on a command line: `--root=/data/moma`, `--serve.steps=30`."""
+    release: str = ""
+    """Any text. `serve deploy` looks at refs/best again only when something in `args` has changed: change this."""
+
+
+class ReplicasBackend:
+    """The HTTP layer's view of the generator replicas, over a Serve handle."""
+
+    def __init__(self, generator: DeploymentHandle[Any]) -> None:
+        self._generator = generator
+
+    async def paint(self, commission: Commission) -> Outcome:
+        try:
+            outcome: Outcome = await self._generator.paint.remote(commission)
+        except BackPressureError:
+            return Busy(RETRY_AFTER_S)
+        except (RayError, RayServeException):
+            return Failed("the generator was lost while it painted; try again", retry=True)
+        return outcome
+
+    async def checkpoint(self) -> str:
+        try:
+            return str(await asyncio.wait_for(self._generator.checkpoint.remote(), ANSWER_WITHIN_S))
+        except (TimeoutError, RayError, RayServeException) as error:
+            raise Unavailable(f"no generator answered within {ANSWER_WITHIN_S:.0f} s; it may be starting") from error
+
+
+@ray_serve.ingress()
+class Http:
+    """The ingress: one light process, no model."""
+
+    def __init__(self, generator: DeploymentHandle[Any], limits: config.Serve) -> None:
+        self._backend, self._limits = ReplicasBackend(generator), limits
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return create_app(self._backend, self._limits)
+
+
+def load_settings(args: ServeArgs) -> config.Settings:
+    """The settings with an absolute root. Raises ConfigError."""
+    home = Path(os.environ.get(HOME) or Path(__file__).resolve().parents[1])
+    settings = config.from_file(str(home / args.config), args.overrides)
+    root = settings.root if "://" in settings.root else str(home / settings.root)
+    return settings.model_copy(update={"root": root})
+
+
+def build(args: ServeArgs) -> ray_serve.Application:
+    """Every replica serves what refs/best names now. Raises ConfigError or NoCheckpoint."""
+    from momalisa.checkpoint import read_best
+    from momalisa.storage import Store
+    from serve.replica import Generator
+
+    settings = load_settings(args)
+    best = read_best(Store(settings.root))
+    limits = settings.serve
+    generator = ray_serve.deployment(
+        name="Generator",
+        # The line is the replica's own: Serve hands over more than it can hold, and the replica says when it is full.
+        max_ongoing_requests=limits.max_waiting + 2 * limits.max_batch,
+        max_queued_requests=limits.max_waiting,
+        ray_actor_options={"num_cpus": 0.5},
+    )(Generator)
+    http = ray_serve.deployment(
+        name="Http", max_ongoing_requests=1000, max_queued_requests=1000, ray_actor_options={"num_cpus": 0.1}
+    )(Http)
+    application: ray_serve.Application = http.bind(generator.bind(settings, best.path), limits)
+    return application
