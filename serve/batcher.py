@@ -61,6 +61,10 @@ class Batcher:
             if place in self._line:
                 self._line.remove(place)
 
+    def close(self) -> None:
+        """End the thread once it has finished what it paints."""
+        self._thread.shutdown()
+
     async def _work(self) -> None:
         while self._line:
             batch = self._next()

@@ -49,6 +49,10 @@ class Generator:
         """The id of what is served; answers while painting too."""
         return self._id
 
+    def close(self) -> None:
+        """End the painting thread."""
+        self._batcher.close()
+
     def _paint(self, commissions: Sequence[Commission]) -> list[Outcome]:
         """In the painting thread. Raises what the engine raises."""
         requests = [request for commission in commissions for request in requests_of(commission)]

@@ -11,7 +11,7 @@ import json
 import random
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from momalisa import config
 from serve.work import Commission
@@ -42,12 +42,20 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
 
+def _encodable(text: str) -> str:
+    text.encode()  # UnicodeEncodeError, a ValueError, for an unpaired surrogate: no tokenizer and no answer can hold it
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+
+
 class ImagesRequest(BaseModel):
     """The fields that mean something here, with the limits that hold everywhere; null is the same as absent."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
-    prompt: str
+    prompt: Text
     model: str | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     size: str | None = None
@@ -57,7 +65,7 @@ class ImagesRequest(BaseModel):
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
     guidance_scale: Annotated[float, Field(ge=1, le=MAX_GUIDANCE_SCALE)] | None = None
-    negative_prompt: str | None = None
+    negative_prompt: Text | None = None
 
 
 def sizes(limits: config.Serve) -> dict[str, int]:
@@ -68,7 +76,7 @@ def sizes(limits: config.Serve) -> dict[str, int]:
 
 def _rules(limits: config.Serve) -> dict[str, str]:
     """For every field, what it must be: the second half of an error message."""
-    text = f"text of at most {limits.max_prompt_chars} characters"
+    text = f"text (valid Unicode) of at most {limits.max_prompt_chars} characters"
     return {
         "prompt": f"{text}, and not empty",
         "model": "text",

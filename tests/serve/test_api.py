@@ -1,0 +1,264 @@
+"""The HTTP layer over a real generator with random weights: right requests, wrong ones, and anything at all."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from momalisa import config
+from serve.api import HEADERS, create_app
+from serve.replica import Generator
+from serve.work import Busy, Commission, Failed, Outcome, Painted, Unavailable
+
+PATH = "/v1/images/generations"
+LIMITS = config.Serve(size_px=64, steps=1, guidance_scale=1.0, max_pictures_per_request=3, max_prompt_chars=200, max_waiting=4)
+
+
+def picture_of(entry: dict[str, Any]) -> Image.Image:
+    image = Image.open(io.BytesIO(base64.b64decode(entry["b64_json"])))
+    image.load()
+    return image
+
+
+class FakeBackend:
+    """Answers with what it was given, and remembers what it was asked."""
+
+    def __init__(self, outcome: Outcome | None = None) -> None:
+        self.outcome = outcome
+        self.asked: list[Commission] = []
+
+    async def paint(self, commission: Commission) -> Outcome:
+        self.asked.append(commission)
+        return self.outcome or Painted(tuple(b"png" for _ in commission.seeds), "fake-1")
+
+    async def checkpoint(self) -> str:
+        if self.outcome is None:
+            return "fake-1"
+        raise Unavailable("no generator answered within 5 s; it may be starting")
+
+
+def client_of(backend: FakeBackend) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(create_app(backend, LIMITS)), base_url="http://museum")
+
+
+async def test_a_picture_and_how_it_was_made(client: httpx.AsyncClient) -> None:
+    asked = {"prompt": " ein Café \0 ☕", "seed": 5, "steps": 2, "guidance_scale": 2.5, "negative_prompt": "red", "user": "me"}
+    answer = (await client.post(PATH, json=asked)).json()
+    assert answer["model"] == "tiny-64"
+    entry = answer["data"][0]
+    assert entry["revised_prompt"] == "A MOMA artwork of: ein Café \0 ☕"
+    image = picture_of(entry)
+    assert (image.format, image.mode, image.size) == ("PNG", "RGB", (64, 64))
+    assert image.info == {
+        "prompt": entry["revised_prompt"],
+        "negative_prompt": "red",
+        "seed": "5",
+        "steps": "2",
+        "guidance_scale": "2.5",
+        "checkpoint": "tiny-64",
+    }
+
+
+async def test_n_pictures_take_following_seeds_and_a_seed_repeats(client: httpx.AsyncClient) -> None:
+    three = (await client.post(PATH, json={"prompt": "a boat", "n": 3, "seed": 10})).json()["data"]
+    assert [entry["seed"] for entry in three] == [10, 11, 12]
+    second = (await client.post(PATH, json={"prompt": "a boat", "seed": 11})).json()["data"][0]
+    pixels = [picture_of(entry).tobytes() for entry in (*three, second)]
+    assert max(abs(a - b) for a, b in zip(pixels[1], pixels[3], strict=True)) <= 1
+    assert len(set(pixels[:3])) == 3
+
+
+async def test_without_a_seed_every_picture_is_new(client: httpx.AsyncClient) -> None:
+    seeds = {(await client.post(PATH, json={"prompt": "a boat"})).json()["data"][0]["seed"] for _ in range(3)}
+    assert len(seeds) == 3
+
+
+@pytest.mark.parametrize(("size", "side"), [("auto", 64), ("64x64", 64), ("48x48", 48), ("32x32", 32), (None, 64)])
+async def test_sizes(client: httpx.AsyncClient, size: str | None, side: int) -> None:
+    answer = (await client.post(PATH, json={"prompt": "a boat", "size": size})).json()
+    assert picture_of(answer["data"][0]).size == (side, side)
+
+
+async def test_concurrent_visitors_share_batches(client: httpx.AsyncClient) -> None:
+    prompts = [{"prompt": "a boat", "seed": seed, "steps": 1 + seed % 2} for seed in range(4)]
+    answers = await asyncio.gather(*(client.post(PATH, json=prompt) for prompt in prompts))
+    assert [answer.json()["data"][0]["seed"] for answer in answers] == [0, 1, 2, 3]
+
+
+async def test_a_url_is_a_data_url() -> None:
+    async with client_of(FakeBackend()) as client:
+        entry = (await client.post(PATH, json={"prompt": "a boat", "response_format": "url"})).json()["data"][0]
+    assert entry["url"] == "data:image/png;base64," + base64.b64encode(b"png").decode()
+    assert "b64_json" not in entry
+
+
+@pytest.mark.parametrize(
+    ("typed", "asked"),
+    [
+        ("a coffee", "A MOMA artwork of: a coffee"),
+        ("  a coffee\n", "A MOMA artwork of: a coffee"),
+        ("A MOMA artwork of: a coffee", "A MOMA artwork of: a coffee"),
+        ("a moma artwork of: a coffee", "a moma artwork of: a coffee"),
+    ],
+)
+async def test_the_prefix_is_there_once(typed: str, asked: str) -> None:
+    backend = FakeBackend()
+    async with client_of(backend) as client:
+        await client.post(PATH, json={"prompt": typed})
+    assert backend.asked[0].prompt == asked
+
+
+async def test_defaults_and_null_are_the_same() -> None:
+    backend = FakeBackend()
+    nulls = dict.fromkeys(("n", "size", "steps", "guidance_scale", "negative_prompt", "response_format", "model"))
+    async with client_of(backend) as client:
+        for body in ({"prompt": "x", "seed": 0}, {"prompt": "x", "seed": 0, **nulls}):
+            assert (await client.post(PATH, json=body)).status_code == 200
+    assert backend.asked[0] == backend.asked[1] == Commission("A MOMA artwork of: x", (0,), 1, 1.0, 64)
+
+
+WRONG_FIELDS = [
+    ({"prompt": ""}, "prompt", "prompt is empty"),
+    ({"prompt": " \n\t\u3000"}, "prompt", "prompt is empty"),
+    ({"prompt": "x" * 100_000}, "prompt", "prompt has 100000 characters: at most 200 are allowed"),
+    ({"prompt": 5}, "prompt", "got 5"),
+    ({"prompt": ["a boat"]}, "prompt", 'got ["a boat"]'),
+    ({"prompt": None}, "prompt", "got null"),
+    ({}, "prompt", "prompt is missing"),
+    ({"prompt": "\ud800"}, "prompt", 'got "\\ud800"'),
+    ({"prompt": "x", "negative_prompt": "\udfff"}, "negative_prompt", "must be text"),
+    ({"prompt": "x", "negative_prompt": "y" * 201}, "negative_prompt", "negative_prompt has 201 characters"),
+    ({"prompt": "x", "n": 0}, "n", "n must be a whole number from 1 to 3; got 0"),
+    ({"prompt": "x", "n": 4}, "n", "n must be a whole number from 1 to 3; got 4"),
+    ({"prompt": "x", "n": True}, "n", "got true"),
+    ({"prompt": "x", "n": 1.0}, "n", "got 1.0"),
+    ({"prompt": "x", "size": "1024x1024"}, "size", "size must be one of auto, 64x64, 48x48, 32x32"),
+    ({"prompt": "x", "size": 64}, "size", "got 64"),
+    ({"prompt": "x", "steps": 0}, "steps", "from 1 to 100; got 0"),
+    ({"prompt": "x", "steps": 101}, "steps", "from 1 to 100; got 101"),
+    ({"prompt": "x", "steps": "20"}, "steps", 'got "20"'),
+    ({"prompt": "x", "guidance_scale": 0.99}, "guidance_scale", "a number from 1 to 30; got 0.99"),
+    ({"prompt": "x", "guidance_scale": float("nan")}, "guidance_scale", "got NaN"),
+    ({"prompt": "x", "guidance_scale": 1e999}, "guidance_scale", "got Infinity"),
+    ({"prompt": "x", "seed": -1}, "seed", "got -1"),
+    ({"prompt": "x", "seed": 2**53}, "seed", "got 9007199254740992"),
+    ({"prompt": "x", "model": 1}, "model", "model must be text"),
+    ({"prompt": "x", "stream": True}, "stream", "stream must be false"),
+    ({"prompt": "x", "output_format": "webp"}, "output_format", "output_format must be png"),
+    ({"prompt": "x", "response_format": "jpeg"}, "response_format", "b64_json or url"),
+]
+
+
+@pytest.mark.parametrize(("body", "param", "message"), WRONG_FIELDS)
+async def test_wrong_fields_are_named(body: dict[str, Any], param: str, message: str) -> None:
+    async with client_of(FakeBackend()) as client:
+        answer = await client.post(PATH, content=json.dumps(body))
+    error = answer.json()["error"]
+    assert answer.status_code == 400
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert message in error["message"]
+    assert len(error["message"]) < 300
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"null", b"[]", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"prompt": ' + b"9" * 5000 + b"}", b"prompt=x"]
+)
+async def test_bodies_that_are_no_json_object(body: bytes) -> None:
+    async with client_of(FakeBackend()) as client:
+        answer = await client.post(PATH, content=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "invalid_json"
+
+
+async def test_a_long_body_is_refused() -> None:
+    async with client_of(FakeBackend()) as client:
+        answer = await client.post(PATH, content=b'{"prompt": "' + b"x" * 1_000_000 + b'"}')
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+
+
+async def test_a_full_line_says_when_to_come_back() -> None:
+    async with client_of(FakeBackend(Busy(7))) as client:
+        answer = await client.post(PATH, json={"prompt": "x"})
+    assert (answer.status_code, answer.headers["Retry-After"]) == (429, "7")
+    assert answer.json()["error"]["code"] == "queue_full"
+
+
+@pytest.mark.parametrize(("retry", "status"), [(True, 503), (False, 500)])
+async def test_failures_of_the_generator(retry: bool, status: int) -> None:
+    async with client_of(FakeBackend(Failed("the generator was lost", retry))) as client:
+        answer = await client.post(PATH, json={"prompt": "x"})
+        assert (await client.get("/healthz")).status_code == 503
+        assert (await client.get("/v1/models")).headers["Retry-After"] == "5"
+    assert (answer.status_code, answer.json()["error"]["message"]) == (status, "the generator was lost")
+
+
+async def test_health_and_models(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/healthz")).json() == {"status": "ok", "checkpoint": "tiny-64"}
+    assert [model["id"] for model in (await client.get("/v1/models")).json()["data"]] == ["tiny-64"]
+
+
+@pytest.mark.parametrize(("path", "kind"), [("/", "text/html"), ("/style.css", "text/css"), ("/page.js", "text/javascript")])
+async def test_the_page_and_its_headers(path: str, kind: str) -> None:
+    async with client_of(FakeBackend()) as client:
+        answer = await client.get(path)
+    assert answer.status_code == 200
+    assert answer.headers["Content-Type"].startswith(kind)
+    assert all(answer.headers[name] == value for name, value in HEADERS.items())
+    assert "://" not in answer.text.replace("http://www.w3.org/2000/svg", "")  # nothing from elsewhere
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"), [("GET", PATH, 405), ("GET", "/nothing", 404), ("GET", "/../pyproject.toml", 404)]
+)
+async def test_other_paths_answer_in_the_same_shape(method: str, path: str, status: int) -> None:
+    async with client_of(FakeBackend()) as client:
+        answer = await client.request(method, path)
+    assert answer.status_code == status
+    assert "POST /v1/images/generations" in answer.json()["error"]["message"]
+
+
+TEXT = st.text(st.characters(exclude_categories=()), max_size=20)  # unpaired surrogates too
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+FIELDS = ("prompt", "n", "size", "seed", "steps", "guidance_scale", "negative_prompt", "response_format", "model", "quality")
+NEARLY = st.fixed_dictionaries({"prompt": TEXT}, optional=dict.fromkeys(FIELDS[1:], JSON))
+BODIES = st.one_of(
+    st.binary(), (JSON | NEARLY | st.dictionaries(st.sampled_from(FIELDS), JSON)).map(lambda v: json.dumps(v).encode())
+)
+
+
+@given(body=BODIES)
+@hypothesis_settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_no_body_makes_the_server_fail(body: bytes) -> None:
+    async def post() -> httpx.Response:
+        async with client_of(FakeBackend()) as client:
+            return await client.post(PATH, content=body)
+
+    answer = asyncio.run(post())
+    assert answer.status_code in {200, 400}
+    assert ("data" if answer.status_code == 200 else "error") in answer.json()
+
+
+@given(prompt=st.text(min_size=1, max_size=60).filter(str.strip))
+@hypothesis_settings(max_examples=15, deadline=None)
+def test_any_text_is_painted(generator: Generator, prompt: str) -> None:
+    async def post() -> httpx.Response:
+        transport = httpx.ASGITransport(create_app(generator, LIMITS))
+        async with httpx.AsyncClient(transport=transport, base_url="http://museum") as client:
+            return await client.post(PATH, json={"prompt": prompt, "seed": 1})
+
+    entry = asyncio.run(post()).json()["data"][0]
+    assert picture_of(entry).info["prompt"] == entry["revised_prompt"]
