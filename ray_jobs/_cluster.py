@@ -1,0 +1,26 @@
+"""How every job finds its Ray: the cluster it was submitted to, or a small one of its own on this machine."""
+
+from __future__ import annotations
+
+import os
+
+
+def connect() -> None:
+    """Connect this process to Ray; does nothing if it is connected already.
+
+    `RAY_ADDRESS` names a cluster (`ray job submit` sets it on the node where a job starts). Without it Ray starts
+    on this machine, without a dashboard, and stops with this process. What workers print comes to the driver's log.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS", "").strip()
+    ray.init(
+        address=address or "local",
+        ignore_reinit_error=True,
+        logging_level="warning",
+        log_to_driver=True,
+        **({} if address else {"include_dashboard": False}),
+    )
