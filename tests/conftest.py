@@ -1,11 +1,51 @@
-"""What tests share: one small real Ray for a whole test run."""
+"""What tests share: one small real Ray for a whole test run, and a tiny model."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole `StableDiffusionPipeline` folder with random weights, a few hundred KB: latents of 4 channels, text width 32."""
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from momalisa.miniature import models
+
+    torch.set_num_threads(1)  # tiny models only wait for each other's threads
+    torch.manual_seed(0)
+    tokenizer = models.build_clip_tokenizer()
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text_encoder = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=77, **size, **special))
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=64,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+        cross_attention_dim=32,
+        norm_num_groups=8,
+    )
+    directory = tmp_path_factory.mktemp("tiny-base")
+    models.save_diffusion(directory, vae, unet, text_encoder, tokenizer)
+    return directory
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +64,19 @@ def ray_cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def promoted_root(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store whose refs/best names a checkpoint, `tiny-64`: the tiny base's own UNet as training writes it."""
+    from momalisa import checkpoint
+    from momalisa.config import Diffusion
+    from momalisa.storage import Store
+
+    weights, root = tmp_path_factory.mktemp("weights"), tmp_path_factory.mktemp("promoted")
+    diffusion, store = Diffusion(model=str(tiny_base)), Store(str(root))
+    checkpoint.save_weights(checkpoint.load_base_unet(diffusion), weights, lora=False)
+    entry = checkpoint.Checkpoint("checkpoints/tiny/64", "tiny", 64, diffusion.model_dump(), files={})
+    checkpoint.write(store, entry, weights)
+    store.write_json(checkpoint.BEST, {"checkpoint": entry.path})
+    return root
