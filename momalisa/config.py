@@ -214,7 +214,7 @@ class Serve(Section):
 class Settings(BaseSettings):
     """One file for the whole way: collect, caption, encode, train, promote, serve."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, cli_implicit_flags=True)
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: str = Field(default="momalisa", pattern=r"^[a-z0-9][a-z0-9-]*$")
     """The run's name: its checkpoints and its W&B run."""
@@ -229,6 +229,12 @@ class Settings(BaseSettings):
     promote: Promote = Promote()
     serve: Serve = Serve()
     wandb: Wandb = Wandb()
+
+    @classmethod
+    def settings_customise_sources(  # type: ignore[override]  # the environment and its files are not asked
+        cls, settings_cls: Any, init_settings: Any, **_: Any
+    ) -> tuple[Any, ...]:
+        return (init_settings,)
 
     @property
     def dataset(self) -> str:
@@ -245,7 +251,7 @@ def from_file(path: str, overrides: list[str] | None = None) -> Settings:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror or error}; configs/ holds examples") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no text, or no such date
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if values is None:
         values = {}
@@ -257,7 +263,7 @@ def from_file(path: str, overrides: list[str] | None = None) -> Settings:
 def _build(values: dict[str, Any], overrides: list[str], origin: str) -> Settings:
     class Sourced(Settings):
         @classmethod
-        def settings_customise_sources(  # type: ignore[override]  # the environment and its files are not asked
+        def settings_customise_sources(  # type: ignore[override]
             cls, settings_cls: Any, init_settings: Any, **_: Any
         ) -> tuple[Any, ...]:
             command_line: CliSettingsSource[Any] = CliSettingsSource(
@@ -266,7 +272,7 @@ def _build(values: dict[str, Any], overrides: list[str], origin: str) -> Setting
             return (command_line, init_settings)
 
     try:
-        merged = Sourced(**values)
+        merged = Sourced(**{str(key): value for key, value in values.items()})
     except ValidationError as error:
         raise ConfigError("\n".join(_problem(origin, item) for item in error.errors())) from None
     except (SettingsError, argparse.ArgumentError) as error:
