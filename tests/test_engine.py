@@ -14,21 +14,13 @@ from PIL import Image
 
 from momalisa.config import Diffusion
 from momalisa.engine import Engine, GenerationError, Request
-from momalisa.miniature import models
 
 REQUEST = Request("a red boat on a blue sea", seed=7, steps=4, guidance_scale=5.0, size_px=64)
 
 
 @pytest.fixture(scope="module")
-def diffusion(tmp_path_factory: pytest.TempPathFactory) -> Diffusion:
-    """A whole pipeline of the miniature's architecture with random weights."""
-    torch.manual_seed(0)
-    torch.set_num_threads(1)  # tiny models only wait for each other's threads
-    directory = tmp_path_factory.mktemp("diffusion")
-    tokenizer = models.build_clip_tokenizer()
-    text_encoder = models.text_encoder_of(models.build_clip(tokenizer))
-    models.save_diffusion(directory, models.build_vae(), models.build_unet(), text_encoder, tokenizer)
-    return Diffusion(model=str(directory))
+def diffusion(tiny_base: Path) -> Diffusion:
+    return Diffusion(model=str(tiny_base))
 
 
 @pytest.fixture(scope="module")

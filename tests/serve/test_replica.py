@@ -1,0 +1,42 @@
+"""A generator exists only when it can paint."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from momalisa.checkpoint import NoCheckpoint
+from momalisa.config import Settings
+from serve.app import ServeArgs, build, load_settings
+from serve.replica import Generator
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_weights_that_were_changed_are_never_served(settings: Settings, tmp_path: Path) -> None:
+    root = shutil.copytree(settings.root, tmp_path / "copy")
+    weights = next((root / "checkpoints").rglob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(ValueError, match=r"its manifest says"):
+        Generator(settings.model_copy(update={"root": str(root)}), "checkpoints/tiny/64")
+
+
+def test_a_checkpoint_that_is_not_there(settings: Settings) -> None:
+    with pytest.raises(NoCheckpoint, match=r"checkpoints/tiny/65 holds no complete checkpoint"):
+        Generator(settings, "checkpoints/tiny/65")
+
+
+def test_nothing_promoted_fails_the_deployment_and_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(NoCheckpoint, match="run the promote job first"):
+        build(ServeArgs(overrides=[f"--root={tmp_path}"]))
+
+
+def test_relative_paths_start_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_settings(ServeArgs()).root == str(ROOT / "out/demo")
+    (tmp_path / "own.yaml").write_text("root: mine\n")
+    monkeypatch.setenv("MOMALISA_HOME", str(tmp_path))
+    assert load_settings(ServeArgs(config="own.yaml")).root == str(tmp_path / "mine")
+    assert load_settings(ServeArgs(config="own.yaml", overrides=["--root=gs://b/m"])).root == "gs://b/m"
