@@ -1,0 +1,118 @@
+"""A real local Ray Serve application, asked by the real openai client."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import yaml
+from PIL import Image
+
+pytestmark = pytest.mark.integration
+
+PORT = 8127
+SERVER = f"http://127.0.0.1:{PORT}"
+CONFIG = Path(__file__).parents[2] / "serve" / "config.yaml"
+
+
+@pytest.fixture(scope="module")
+def server(ray_cluster: Any, promoted_root: Path) -> Iterator[str]:
+    from ray import serve as ray_serve
+
+    from serve.app import ServeArgs, build
+
+    overrides = [f"--root={promoted_root}", "--serve.size_px=64", "--serve.steps=2", "--serve.max_waiting=2"]
+    ray_serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+    ray_serve.run(build(ServeArgs(overrides=overrides)), name="test")
+    yield SERVER
+    ray_serve.shutdown()
+
+
+@pytest.fixture
+def client(server: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0, timeout=60) as made:
+        yield made
+
+
+def picture_of(encoded: str | None) -> Image.Image:
+    assert encoded is not None
+    image = Image.open(io.BytesIO(base64.b64decode(encoded)))
+    image.load()
+    return image
+
+
+def test_the_openai_client_gets_pictures(client: openai.OpenAI) -> None:
+    answer = client.images.generate(prompt="a coffee", n=2, size="64x64", response_format="b64_json", extra_body={"seed": 3})
+    assert answer.data is not None
+    first, second = (picture_of(entry.b64_json) for entry in answer.data)
+    assert first.size == second.size == (64, 64)
+    assert first.tobytes() != second.tobytes()
+    assert first.info["prompt"] == answer.data[0].revised_prompt == "A MOMA artwork of: a coffee"
+    assert (first.info["seed"], second.info["seed"], first.info["checkpoint"]) == ("3", "4", "tiny-64")
+
+
+def test_a_seed_gives_the_same_picture_again(client: openai.OpenAI) -> None:
+    fields = {"seed": 9, "steps": 3, "guidance_scale": 2, "negative_prompt": "red"}
+    pictures = []
+    for _ in range(2):
+        answer = client.images.generate(model="momalisa", prompt="a boat", extra_body=fields)
+        assert answer.data is not None
+        pictures.append(picture_of(answer.data[0].b64_json).tobytes())
+    assert pictures[0] == pictures[1]
+
+
+@pytest.mark.parametrize("prompt", ["", "x" * 100_000, 5, None, ["a"]])
+def test_wrong_prompts_are_the_callers_error(client: openai.OpenAI, prompt: Any) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.images.generate(prompt=prompt)
+    assert caught.value.param == "prompt"
+
+
+def test_a_body_over_a_megabyte(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.APIStatusError) as caught:
+        client.images.generate(prompt="x" * 2_000_000)
+    assert caught.value.status_code == 413
+
+
+async def test_a_crowd_is_served_or_told_when_to_come_back(server: str) -> None:
+    import asyncio
+
+    async with openai.AsyncOpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0, timeout=120) as client:
+        asked = [client.images.generate(prompt="a crowd", n=8, extra_body={"steps": 20, "seed": index}) for index in range(8)]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+    served = [answer for answer in answers if not isinstance(answer, BaseException)]
+    refused = [answer for answer in answers if isinstance(answer, openai.RateLimitError)]
+    assert len(served) + len(refused) == 8, answers
+    assert len(served) >= 3
+    assert all(int(answer.response.headers["Retry-After"]) >= 1 for answer in refused)
+
+
+def test_health_models_and_page(server: str, client: openai.OpenAI) -> None:
+    with urllib.request.urlopen(f"{server}/healthz", timeout=10) as answer:
+        assert json.load(answer) == {"status": "ok", "checkpoint": "tiny-64"}
+    assert [model.id for model in client.models.list()] == ["tiny-64"]
+    with urllib.request.urlopen(server, timeout=10) as answer:
+        assert b"MOMA Lisa" in answer.read()
+    with pytest.raises(urllib.error.HTTPError, match="404") as caught:
+        urllib.request.urlopen(f"{server}/nothing", timeout=10)
+    caught.value.close()
+
+
+def test_the_config_file_is_one_that_serve_takes() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    from serve.app import ServeArgs
+
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(CONFIG.read_text()))
+    application = schema.applications[0]
+    assert application.import_path == "serve.app:build"
+    assert ServeArgs.model_validate(application.args)
+    assert {deployment.name for deployment in application.deployments} == {"Http", "Generator"}
