@@ -101,7 +101,8 @@ def start_ray() -> None:
     address = ["--node-ip-address=127.0.0.1", f"--port={GCS_PORT}"]
     dashboard = ["--dashboard-host=127.0.0.1", f"--dashboard-port={DASHBOARD_PORT}", "--disable-usage-stats"]
     size = [f"--num-cpus={max(4, os.cpu_count() or 1)}", "--object-store-memory=500000000"]
-    start("ray", [str(BIN / "ray"), "start", "--head", "--block", *address, *dashboard, *size])
+    path = f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"  # a job's `python` is this one
+    start("ray", [str(BIN / "ray"), "start", "--head", "--block", *address, *dashboard, *size], {"PATH": path})
     wait_for(f"{DASHBOARD}/api/version", "ray", 90)
 
 

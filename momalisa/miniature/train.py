@@ -54,8 +54,8 @@ class Recipe:
 
 RECIPES = {
     "vae": Recipe(steps=2000, batch=8, learning_rate=1.5e-3, ema_decay=0.995),
-    "clip": Recipe(steps=1600, batch=128, learning_rate=1e-3),
-    "blip": Recipe(steps=2600, batch=64, learning_rate=1e-3),
+    "clip": Recipe(steps=1000, batch=128, learning_rate=1e-3),
+    "blip": Recipe(steps=2000, batch=64, learning_rate=1e-3),
     "unet": Recipe(steps=9000, batch=32, learning_rate=6e-4, ema_decay=0.9995),
 }
 
@@ -300,7 +300,7 @@ def fit(name: str, recipe: Recipe, work: Path, device: torch.device) -> None:
         return
     task = build_task(name, recipe, work, device)
     module = task.module.to(device).train()
-    optimizer = torch.optim.AdamW(task.learns(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(task.learns(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     ema = {key: value.detach().clone().float() for key, value in module.state_dict().items()}
     first, seconds, curve = 0, 0.0, []
     if state:
@@ -308,6 +308,7 @@ def fit(name: str, recipe: Recipe, work: Path, device: torch.device) -> None:
         optimizer.load_state_dict(state["optimizer"])
         ema = {key: value.to(device) for key, value in state["ema"].items()}
         first, seconds, curve = state["step"], state["seconds"], state["curve"]
+    shadow = [ema[key] for key in module.state_dict()]
     saved = began = time.monotonic()
     _started[name] = (began, first)
     losses: list[float] = []
@@ -321,8 +322,7 @@ def fit(name: str, recipe: Recipe, work: Path, device: torch.device) -> None:
         torch.nn.utils.clip_grad_norm_(task.learns(), 1.0)
         optimizer.step()
         decay = min(recipe.ema_decay, (1 + step) / (10 + step))
-        for key, value in module.state_dict().items():
-            ema[key].lerp_(value.float(), 1 - decay)
+        torch._foreach_lerp_(shadow, [value.float() for value in module.state_dict().values()], 1 - decay)
         losses.append(float(loss.detach()))
         last = step + 1 == recipe.steps
         if (step + 1) % 100 == 0 or last:
