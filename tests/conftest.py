@@ -80,3 +80,27 @@ def promoted_root(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     checkpoint.write(store, entry, weights)
     store.write_json(checkpoint.BEST, {"checkpoint": entry.path})
     return root
+
+
+@pytest.fixture(scope="session")
+def tiny_blip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole BLIP folder with random weights, wide enough that pictures get captions of their own."""
+    import torch
+    from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessorPil, BlipProcessor
+
+    from momalisa.miniature import models
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    tokenizer = models.build_blip_tokenizer()
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "sep", "pad")}
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = {"vocab_size": len(tokenizer), "encoder_hidden_size": 32, "max_position_embeddings": 64, **size, **special}
+    model = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config={"image_size": 32, "patch_size": 8, **size}))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    directory = tmp_path_factory.mktemp("tiny-blip")
+    model.save_pretrained(directory)
+    BlipProcessor(BlipImageProcessorPil(size={"height": 32, "width": 32}), tokenizer).save_pretrained(directory)
+    return directory
