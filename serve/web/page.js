@@ -94,6 +94,8 @@ function begin(started) {
   canvas.dataset.state = "painting";
   $("waiting").hidden = false;
   $("status").textContent = "Painting";
+  const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  canvas.scrollIntoView({ block: "nearest", behavior: still ? "auto" : "smooth" });
   const tick = () => {
     const passedMs = performance.now() - started;
     const done = 1 - Math.exp((-1.6 * passedMs) / usualMs); // an estimate: quick at first, never quite full

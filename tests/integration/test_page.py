@@ -1,0 +1,133 @@
+"""The visitors' page in a real browser, over a real generator: `make test-slow`.
+
+Needs Debian's `chromium` (apt-get install chromium) and the dev extra `playwright`, which downloads nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from momalisa import config
+from momalisa.config import Settings
+
+pytestmark = [pytest.mark.slow, pytest.mark.integration]
+
+LIMITS = config.Serve(size_px=64, steps=2, max_prompt_chars=200)
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")
+def server(promoted_root: Path) -> Iterator[str]:
+    import uvicorn
+
+    from serve.api import create_app
+    from serve.replica import Generator
+
+    settings = Settings.model_construct(**{**dict(Settings.model_construct()), "root": str(promoted_root), "serve": LIMITS})
+    generator = Generator(settings, "checkpoints/tiny/64")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        uvicorn_server = uvicorn.Server(uvicorn.Config(create_app(generator, LIMITS), log_level="warning"))
+        thread = threading.Thread(target=uvicorn_server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        uvicorn_server.should_exit = True
+        thread.join(20)
+    generator.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright here: pip install -e '.[dev]'")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium here: apt-get install chromium")
+    with sync_api.sync_playwright() as playwright:
+        made = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def page(browser: Any, server: str) -> Iterator[Any]:
+    made = browser.new_page(viewport={"width": 1280, "height": 900})
+    complaints: list[str] = []
+    made.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    made.on("pageerror", lambda error: complaints.append(str(error)))
+    made.goto(server)
+    yield made
+    made.close()
+    assert [text for text in complaints if "status of 400" not in text] == []
+
+
+def test_words_become_a_picture_that_can_be_kept(page: Any, tmp_path: Path) -> None:
+    page.fill("#prompt", "a red boat on a blue sea")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#canvas[data-state=done]", timeout=30_000)
+    assert page.evaluate("document.getElementById('picture').naturalWidth") == 64
+    assert page.inner_text("#title") == "a red boat on a blue sea"
+    assert page.inner_text("#checkpoint") == "tiny-64"
+    seed = page.inner_text("#seed")
+    with page.expect_download() as kept:
+        page.click("#download")
+    assert kept.value.suggested_filename == f"a-red-boat-on-a-blue-sea-{seed}.png"
+    page.screenshot(path=os.environ.get("MOMALISA_SCREENSHOT", str(tmp_path / "page.png")), full_page=True)
+    page.click("#another")
+    page.wait_for_function(f"document.getElementById('seed').textContent !== '{seed}'", timeout=30_000)
+    assert page.inner_text("#title") == "a red boat on a blue sea"
+
+
+def test_an_idea_is_one_click(page: Any) -> None:
+    page.click("text=a coffee")
+    page.wait_for_selector("#canvas[data-state=done]", timeout=30_000)
+    assert page.input_value("#prompt") == "a coffee"
+
+
+def test_no_words_is_said_kindly_and_the_field_gets_the_cursor(page: Any) -> None:
+    page.fill("#prompt", "   ")
+    page.click("#paint")
+    assert "Please say what the artwork should show" in page.inner_text("#problem")
+    assert page.evaluate("document.activeElement.id") == "prompt"
+    assert page.is_hidden("#picture")
+
+
+def test_the_servers_own_words_are_shown(page: Any) -> None:
+    page.fill("#prompt", "x" * 201)
+    page.click("#paint")
+    page.wait_for_function("document.getElementById('problem').textContent !== ''")
+    assert "at most 200" in page.inner_text("#problem")
+
+
+def test_what_a_visitor_types_stays_text(page: Any) -> None:
+    words = "<img src=x onerror=alert(1)>"
+    page.fill("#prompt", words)
+    page.click("#paint")
+    page.wait_for_selector("#canvas[data-state=done]", timeout=30_000)
+    assert page.inner_text("#title") == words
+    time.sleep(0.2)  # a dialog or an error would come now
+
+
+def test_a_phone_needs_no_sideways_scrolling(browser: Any, server: str) -> None:
+    phone = browser.new_page(viewport={"width": 320, "height": 640})
+    phone.goto(server)
+    phone.click("text=a coffee")
+    phone.wait_for_selector("#canvas[data-state=done]", timeout=30_000)
+    assert phone.evaluate("document.documentElement.scrollWidth") <= 320
+    phone.close()
