@@ -1,0 +1,94 @@
+"""Every captioned picture is encoded once, with its own caption, as the library alone encodes it."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from momalisa.captioner import captioner_id
+from momalisa.config import Diffusion, Settings
+from momalisa.dataset import Dataset
+from momalisa.latents import Autoencoder, TextEncoder, encoder_id, to_pixels
+from momalisa.records import CAPTIONS
+from ray_jobs import encode
+
+
+@pytest.fixture
+def captioned(settings: Settings, collection: Dataset) -> Dataset:
+    """The collection with a caption for each picture but `w12` (an error) and `w21` (none yet)."""
+    rows = [
+        {"id": id, "short": "" if id == "w12" else f"caption of {id}", "status": "error" if id == "w12" else "ok", "error": ""}
+        for id in ("w00", "w01", "w02", "w10", "w11", "w12", "w20")
+    ]
+    name = captioner_id(settings.caption)
+    path = collection.put_rows(f"captions/{name}", rows, CAPTIONS)
+    collection.publish(collection.latest().with_captions(name, [path]))
+    return collection
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("ray_cluster")
+def test_captioned_pictures_are_encoded_once_whatever_the_pool(
+    settings: Settings, captioned: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = captioned.latest()
+    summary = encode.run(settings)
+    assert summary | {"seconds": 0} == {
+        "stage": "encode", "rows_in": 6, "rows_out": 6, "rejected": 0, "new": 6, "skipped": 0, "seconds": 0,
+    }  # fmt: skip
+    published = captioned.latest()
+    name = encoder_id(settings, captioner_id(settings.caption))
+    rows = {row["id"]: row for row in captioned.rows(published.latents[name])}
+    assert sorted(rows) == ["w00", "w01", "w02", "w10", "w11", "w20"]
+
+    works = {row["id"]: row["bytes"] for row in captioned.rows(before.images)}
+    autoencoder, text_encoder = Autoencoder.load(settings.diffusion), TextEncoder.load(settings.diffusion)
+    for id, row in rows.items():
+        assert (row["channels"], row["height"], row["width"], row["status"]) == (4, 8, 8, "ok")
+        moments = np.frombuffer(row["moments"], "<f2").reshape(8, 8, 8)
+        expected = autoencoder.encode(to_pixels(Image.open(io.BytesIO(works[id])), 64)[None])[0]
+        np.testing.assert_allclose(moments, expected.numpy(), rtol=2e-3, atol=2e-3)
+        assert row["caption"] == f"caption of {id}"
+        assert row["token_ids"] == text_encoder.tokenize([row["caption"]])[0].tolist()
+
+    again = encode.run(settings)
+    assert (again["new"], again["skipped"], again["rows_out"]) == (0, 6, 6)
+    assert "encode: nothing new (6 works)" in capsys.readouterr().out
+    assert captioned.latest() == published
+
+    captioned.publish(before)  # the same from the start, by two actors, is the same version
+    encode.run(settings.model_copy(update={"encode": settings.encode.model_copy(update={"actors": 2})}))
+    assert captioned.latest().sha256 == published.sha256
+
+
+@pytest.mark.usefixtures("collection")
+def test_without_captions_the_job_before_is_named(settings: Settings) -> None:
+    with pytest.raises(ValueError, match=r"holds no captions by .*: run the caption job first"):
+        encode.run(settings)
+
+
+def test_without_pictures_the_first_job_is_named(settings: Settings) -> None:
+    with pytest.raises(ValueError, match="run the collect job first"):
+        encode.run(settings)
+
+
+@pytest.mark.usefixtures("captioned")
+def test_a_wrong_model_fails_before_ray_starts(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray_jobs._cluster.connect", lambda: pytest.fail("Ray was started"))
+    with pytest.raises(ValueError, match="neither a folder here nor a hub name"):
+        encode.run(settings.model_copy(update={"diffusion": Diffusion(model="./nothing")}))
+
+
+def test_latents_that_are_not_finite_are_an_error(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = encode.load(settings, "cpu")
+    moments = torch.zeros(2, 8, 8, 8, dtype=torch.float16)
+    moments[0, 3, 4, 5] = float("nan")
+    monkeypatch.setattr(Autoencoder, "encode", lambda self, pixels: moments)
+    first, second = model.rows(["x", "y"], ["one", "two"], [torch.zeros(3, 64, 64)] * 2)
+    assert (first["id"], first["status"], first["error"]) == ("x", "error", "its latents are not finite")
+    assert (first["moments"], first["token_ids"]) == (b"", [])
+    assert (second["id"], second["status"], len(second["moments"])) == ("y", "ok", 2 * 8 * 8 * 8)
