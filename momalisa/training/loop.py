@@ -98,7 +98,7 @@ class Trainer:
         while progress.images_seen < settings.images:
             recent.append(self.step())
             ends = progress.images_seen >= settings.images
-            if progress.step % LOG_EVERY == 0 or ends:
+            if progress.step % LOG_EVERY == 0 or ends or self._checkpoint_due():
                 loss = self._mean(recent)
                 recent.clear()
                 progress.losses.append((progress.images_seen, loss))
@@ -126,12 +126,15 @@ class Trainer:
             with self.ema.applied():
                 self.events.pictures_due(progress.images_seen, self.bare_unet.eval())
             self.bare_unet.train()
-        previous = progress.images_seen - settings.batch
-        if ends or progress.images_seen // settings.checkpoint_every_images > previous // settings.checkpoint_every_images:
+        if ends or self._checkpoint_due():
             if self.accelerator.is_main_process:
                 self.events.checkpointed(self.save())
-            loss = progress.losses[-1][1] if progress.losses else math.nan
-            self.events.synchronise({"loss": loss, "images_seen": progress.images_seen})
+            self.events.synchronise({"loss": progress.losses[-1][1], "images_seen": progress.images_seen})
+
+    def _checkpoint_due(self) -> bool:
+        """Whether the last step crossed a multiple of `checkpoint_every_images`; its loss is looked at first."""
+        settings, seen = self.run.train, self.progress.images_seen
+        return seen // settings.checkpoint_every_images > (seen - settings.batch) // settings.checkpoint_every_images
 
     def step(self) -> torch.Tensor:
         """One optimizer step over one global batch; returns this worker's mean loss, a scalar on the device."""
