@@ -1,0 +1,102 @@
+"""The training set in memory, and which works are kept out of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from momalisa.dataset import Dataset
+from momalisa.records import LATENTS, OK, REJECTED
+from momalisa.training import cache as caches
+from momalisa.training.cache import LatentCache
+
+ids = st.lists(st.text(max_size=5), unique=True, min_size=2, max_size=30)
+
+
+def cache_of(names: list[str]) -> LatentCache:
+    """A cache whose every field tells which row it is."""
+    numbers = torch.tensor([sum(name.encode()) % 1000 for name in names])
+    moments = numbers.half().view(-1, 1, 1, 1).expand(-1, 2, 1, 1).contiguous()
+    return LatentCache(list(names), [f"a {name}" for name in names], moments, numbers.view(-1, 1))
+
+
+def row(work_id: str, value: float, channels: int = 2, side: int = 2, status: str = OK) -> dict[str, Any]:
+    moments = np.full((2 * channels, side, side), value, dtype="<f2")
+    moments[channels:] = -1
+    return {
+        "id": work_id,
+        "moments": moments.tobytes(),
+        "channels": channels,
+        "height": side,
+        "width": side,
+        "caption": f"A MOMA artwork of: {work_id}",
+        "token_ids": [1, int(value), 2],
+        "status": status,
+        "error": "" if status == OK else "too dark",
+    }
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    return Dataset(str(tmp_path))
+
+
+def test_good_rows_of_all_tables_by_id(dataset: Dataset) -> None:
+    tables = [
+        dataset.put_rows("latents/x", [row("c", 3), row("bad", 9, status=REJECTED)], LATENTS),
+        dataset.put_rows("latents/x", [row("a", 1), row("b", 2)], LATENTS),
+    ]
+    found = caches.load(dataset, tables)
+    assert found.ids == ["a", "b", "c"]
+    assert found.captions[2] == "A MOMA artwork of: c"
+    assert found.moments.shape == (3, 4, 2, 2)
+    assert found.moments.dtype == torch.float16
+    assert found.moments[:, 0, 0, 0].tolist() == [1, 2, 3]
+    assert found.moments[1, 2:].unique().tolist() == [-1]
+    assert found.token_ids.tolist() == [[1, 1, 2], [1, 2, 2], [1, 3, 2]]
+
+
+def test_nothing_good_is_an_error(dataset: Dataset) -> None:
+    table = dataset.put_rows("latents/x", [row("bad", 9, status=REJECTED)], LATENTS)
+    with pytest.raises(ValueError, match="no work was encoded without an error"):
+        caches.load(dataset, [table])
+
+
+def test_latents_of_several_sizes_are_an_error(dataset: Dataset) -> None:
+    table = dataset.put_rows("latents/x", [row("a", 1), row("b", 2, side=3)], LATENTS)
+    with pytest.raises(ValueError, match=r"several sizes \[\(4, 2, 2\), \(4, 3, 3\)\]"):
+        caches.load(dataset, [table])
+
+
+@settings(deadline=None)
+@given(names=ids, fraction=st.floats(0.01, 0.99))
+def test_a_split_is_a_partition_with_at_least_one_on_each_side(names: list[str], fraction: float) -> None:
+    training, held_out = caches.split(cache_of(names), fraction)
+    assert len(training) >= 1
+    assert len(held_out) >= 1
+    assert sorted(training.ids + held_out.ids) == sorted(names)
+    for side in (training, held_out):  # rows stay whole
+        again = cache_of(side.ids)
+        assert side.captions == again.captions
+        assert torch.equal(side.moments, again.moments)
+        assert torch.equal(side.token_ids, again.token_ids)
+
+
+def test_a_work_never_changes_sides_as_a_collection_grows() -> None:
+    names = [f"moma-{number}" for number in range(400)]
+    few, many = (set(caches.split(cache_of(part), 0.1)[1].ids) for part in (names[:200], names))
+    assert few == many & set(names[:200])
+    assert 20 <= len(many) <= 60
+    assert many <= set(caches.split(cache_of(names), 0.2)[1].ids)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_fewer_than_two_works_cannot_be_split(count: int) -> None:
+    with pytest.raises(ValueError, match=f"a collection of {count} works cannot be split"):
+        caches.split(cache_of(["a", "b"][:count]), 0.1)

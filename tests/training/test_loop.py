@@ -1,0 +1,246 @@
+"""Training learns, resumes as if nothing had happened, and does not depend on the number of workers."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from momalisa import checkpoint as checkpoints
+from momalisa.checkpoint import Checkpoint
+from momalisa.config import Diffusion, Train
+from momalisa.storage import Store
+from momalisa.training.cache import LatentCache
+from momalisa.training.loop import Events, Run, Trainer, accelerator
+
+TRAIN = Train(
+    images=48,
+    batch=8,
+    workers=1,
+    precision="fp32",
+    learning_rate=3e-3,
+    warmup_images=16,
+    schedule="cosine",
+    ema_decay=0.8,
+    checkpoint_every_images=24,
+    evaluate_every_steps=4,
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_accelerator_a_test() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def run(tiny_base: Path, tmp_path: Path) -> Run:
+    """Eleven works of 4x4 latents: an epoch ends inside a batch."""
+    source = torch.Generator().manual_seed(5)
+    mean, log_variance = torch.randn((11, 4, 4, 4), generator=source), torch.full((11, 4, 4, 4), -4.0)
+    token_ids = torch.randint(0, 600, (11, 77), generator=source)
+    names = [f"work-{i}" for i in range(11)]
+    cache = LatentCache(names, names, torch.cat([mean, log_variance], dim=1).half(), token_ids)
+    return Run("tiny-0", TRAIN, Diffusion(model=str(tiny_base)), cache, Store(str(tmp_path / "store")), {"encoder_id": "x"})
+
+
+def changed(run: Run, **settings: Any) -> Run:
+    return replace(run, train=Train(**{**run.train.model_dump(), **settings}))
+
+
+def state_of(run: Run, checkpoint: Checkpoint) -> dict[str, bytes]:
+    return {name: run.store.read_bytes(f"{checkpoint.path}/state/{name}") for name in checkpoint.state}
+
+
+def test_the_loss_falls(run: Run) -> None:
+    seen: list[dict[str, float]] = []
+    long = changed(run, images=960, checkpoint_every_images=10_000, evaluate_every_steps=10_000, learning_rate=5e-3)
+    progress = Trainer(long, Events(logged=seen.append)).train()
+    losses = [metrics["loss"] for metrics in seen]
+    assert [metrics["images_seen"] for metrics in seen] == list(range(80, 961, 80))
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    assert progress.losses == [(int(metrics["images_seen"]), metrics["loss"]) for metrics in seen]
+
+
+def test_what_is_heard_and_written(run: Run) -> None:
+    heard: list[Any] = []
+    events = Events(
+        checkpointed=lambda checkpoint: heard.append(("checkpoint", checkpoint.images_seen)),
+        pictures_due=lambda images_seen, unet: heard.append(("pictures", images_seen, unet.training)),
+        synchronise=lambda metrics: heard.append(("synchronise", metrics["images_seen"])),
+    )
+    trainer = Trainer(run, events)
+    rates = []
+    step = trainer.step
+    trainer.step = lambda: (step(), rates.append(trainer._bare_optimizer.param_groups[0]["lr"]))[0]  # type: ignore[method-assign]
+    trainer.train()
+    assert heard == [
+        ("checkpoint", 24),
+        ("synchronise", 24),
+        ("pictures", 32, False),
+        ("pictures", 48, False),
+        ("checkpoint", 48),
+        ("synchronise", 48),
+    ]
+    assert trainer.bare_unet.training
+    cosine = [0.5 * (1 + math.cos(math.pi * seen / 48)) for seen in range(0, 48, 8)]
+    assert rates == pytest.approx([3e-3 * warm * c for warm, c in zip([0.5, 1, 1, 1, 1, 1], cosine, strict=True)])
+    first, last = checkpoints.read_all(run.store, run.name)
+    assert (first.path, first.base["model"]) == ("checkpoints/tiny-0/000000024", run.diffusion.model)
+    assert last.training["encoder_id"] == "x"
+    assert last.training["settings"]["batch"] == 8
+    assert [entry[0] for entry in last.training["losses"]] == [24, 48]
+    unet = checkpoints.load_unet(run.store, last)  # the average, not the last weights
+    for name, value in unet.named_parameters():
+        assert torch.equal(value, trainer.ema.shadow[name]), name
+    assert any(not torch.equal(value, trainer.trained[name]) for name, value in unet.named_parameters())
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_interrupted_and_resumed_is_uninterrupted_bit_by_bit(run: Run, tmp_path: Path, lora_rank: int | None) -> None:
+    run = changed(run, lora_rank=lora_rank)
+    whole = Trainer(run, Events()).train()
+
+    def killed(checkpoint: Checkpoint) -> None:
+        raise KeyboardInterrupt
+
+    again = replace(run, store=Store(str(tmp_path / "again")))
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(again, Events(checkpointed=killed)).train()
+    trainer = Trainer(again, Events())
+    assert trainer.progress.images_seen == 24
+    assert trainer.train() == whole
+    (_, expected), (_, found) = (checkpoints.read_all(part.store, run.name) for part in (run, again))
+    assert found.files == expected.files  # EMA weights, by hash
+    assert found.state == expected.state  # weights, EMA, Adam moments, progress, losses
+    assert found.training == expected.training
+
+
+def test_a_finished_run_has_nothing_to_do(run: Run) -> None:
+    whole = Trainer(run, Events()).train()
+    trainer = Trainer(run, Events())
+    trainer.step = lambda: pytest.fail("a step too many")  # type: ignore[method-assign]
+    assert trainer.train() == whole
+
+
+def test_a_corrupted_state_is_named(run: Run) -> None:
+    Trainer(run, Events()).train()
+    last = checkpoints.read_all(run.store, run.name)[-1]
+    run.store.write_bytes(f"{last.path}/state/trainer.safetensors", b"noise")
+    with pytest.raises(ValueError, match=f"{last.path}/state/trainer.safetensors has sha256"):
+        Trainer(run, Events())
+
+
+def test_lora_trains_its_adapters_and_nothing_else(run: Run) -> None:
+    trainer = Trainer(changed(run, lora_rank=2, images=24), Events())
+    before = {name: value.clone() for name, value in trainer.bare_unet.state_dict().items()}
+    trainer.train()
+    moved = {name for name, value in trainer.bare_unet.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == set(trainer.trained)
+    assert all("lora" in name for name in moved)
+    saved = checkpoints.read_all(run.store, run.name)[-1]
+    assert saved.lora
+    assert list(saved.files) == [checkpoints.LORA_FILE]
+
+
+def test_all_weights_move_in_a_full_fine_tune(run: Run) -> None:
+    trainer = Trainer(changed(run, images=24), Events())
+    before = {name: value.detach().clone() for name, value in trainer.trained.items()}
+    trainer.train()
+    assert set(before) == {name for name, _ in trainer.bare_unet.named_parameters()}
+    still = [name for name, value in trainer.trained.items() if torch.equal(value, before[name])]
+    assert not still
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_the_last_checkpoint_stands(run: Run) -> None:
+    trainer = Trainer(run, Events())
+    loss = trainer.loss
+
+    def broken(samples: list[tuple[int, int]]) -> torch.Tensor:
+        return loss(samples) * (math.nan if trainer.progress.images_seen >= 40 else 1)
+
+    trainer.loss = broken  # type: ignore[method-assign]
+    with pytest.raises(FloatingPointError, match=r"the loss is nan near 48 images.*lower train.learning_rate"):
+        trainer.train()
+    assert [found.images_seen for found in checkpoints.read_all(run.store, run.name)] == [24]
+    assert Trainer(run, Events()).train().images_seen == 48
+
+
+def test_accumulation_and_checkpointing_of_gradients_change_nothing(run: Run) -> None:
+    plain = Trainer(changed(run, images=16), Events()).train()
+    for number, settings in enumerate(({"accumulation": 4}, {"gradient_checkpointing": True})):
+        found = Trainer(changed(replace(run, name=f"other-{number}"), images=16, **settings), Events()).train()
+        assert found.losses[-1][1] == pytest.approx(plain.losses[-1][1], rel=1e-5)
+
+
+def test_another_seed_is_another_run_of_chance(run: Run) -> None:
+    losses = [Trainer(changed(replace(run, name=f"s{seed}"), images=8, seed=seed), Events()).train().losses for seed in (0, 1)]
+    assert losses[0] != losses[1]
+
+
+def test_workers_that_would_train_apart_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="accelerate sees 1 processes, the group has 2"):
+        accelerator(TRAIN, workers=2)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"train.precision='fp16' needs a GPU; try bf16 or fp32"):
+            accelerator(TRAIN.model_copy(update={"precision": "fp16"}), workers=1)
+
+
+WORKER = """
+import json, pickle, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+from momalisa.training.loop import Events, Trainer
+run = pickle.loads(Path(sys.argv[1]).read_bytes())
+progress = Trainer(run, Events(), workers=torch.distributed.get_world_size()).train()
+print("losses", json.dumps(progress.losses))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_workers_train_as_one(run: Run, tmp_path: Path) -> None:
+    alone = Trainer(run, Events()).train()
+    together = changed(replace(run, store=Store(str(tmp_path / "together"))), workers=2, accumulation=2)
+    (tmp_path / "run.pickle").write_bytes(pickle.dumps(together))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(tmp_path / "run.pickle")],
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    printed = [worker.communicate(timeout=120)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0]
+    losses = [json.loads(text.split("losses ", 1)[1]) for text in printed]
+    assert losses[0] == losses[1]  # reduced over the group
+    assert [images for images, _ in losses[0]] == [images for images, _ in alone.losses]
+    assert [loss for _, loss in losses[0]] == pytest.approx([loss for _, loss in alone.losses], rel=1e-5)
+    ours, theirs = (checkpoints.read_all(part.store, run.name)[-1] for part in (run, together))
+    base = checkpoints.load_base_unet(run.diffusion)
+    a, b, start = (
+        torch.nn.utils.parameters_to_vector(unet.parameters()).detach()
+        for unet in (checkpoints.load_unet(run.store, ours), checkpoints.load_unet(together.store, theirs), base)
+    )
+    apart = float((a - b).norm() / (a - start).norm())
+    assert apart < 1e-3

@@ -1,0 +1,81 @@
+"""A run's name says what decides its result, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from momalisa import config
+from momalisa.config import Settings
+from momalisa.dataset import Dataset
+from momalisa.records import LATENTS
+from momalisa.training import run as runs
+
+
+@pytest.fixture
+def settings(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Settings whose dataset has twenty encoded works."""
+    monkeypatch.setattr(runs, "captioner_id", lambda caption: "blip")
+    made = Settings(name="small", root=str(tmp_path), diffusion=config.Diffusion(model=str(tiny_base)))
+    dataset = Dataset(made.dataset)
+    encoder = runs.encoder_id(made, "blip")
+    moments = np.zeros((8, 2, 2), dtype="<f2").tobytes()
+    shape = {"channels": 4, "height": 2, "width": 2}
+    rows = [
+        {"id": f"w{i}", "moments": moments, **shape, "caption": f"a {i}", "token_ids": [0] * 77, "status": "ok", "error": ""}
+        for i in range(20)
+    ]
+    tables = [dataset.put_rows(f"latents/{encoder}", part, LATENTS) for part in (rows[:10], rows[10:])]
+    dataset.publish(dataset.latest().with_latents(encoder, tables))
+    return made
+
+
+def trained(settings: Settings, **changes: Any) -> Settings:
+    return settings.model_copy(update={"train": settings.train.model_copy(update=changes)})
+
+
+def test_the_same_settings_are_the_same_run(settings: Settings) -> None:
+    planned = runs.plan(settings)
+    assert planned.name.startswith("small-")
+    assert runs.plan(settings) == planned
+    assert len(planned.tables) == 2
+
+
+@pytest.mark.parametrize("change", [{"workers": 4}, {"accumulation": 2}, {"evaluate_every_steps": 1}, {"max_failures": 9}])
+def test_how_it_runs_does_not_name_it(settings: Settings, change: dict[str, Any]) -> None:
+    assert runs.plan(trained(settings, **change)) == runs.plan(settings)
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"images": 7}, {"batch": 8}, {"lora_rank": 2}, {"learning_rate": 1e-3}])
+def test_what_decides_its_result_names_it(settings: Settings, change: dict[str, Any]) -> None:
+    assert runs.plan(trained(settings, **change)).name != runs.plan(settings).name
+
+
+def test_more_works_are_another_run(settings: Settings) -> None:
+    before, dataset = runs.plan(settings), Dataset(settings.dataset)
+    row = next(dataset.rows([before.tables[0]]))
+    table = dataset.put_rows(f"latents/{before.encoder_id}", [{**row, "id": "new"}], LATENTS)
+    dataset.publish(dataset.latest().with_latents(before.encoder_id, [table]))
+    assert runs.plan(settings).name != before.name
+
+
+def test_shell_settings_are_settings() -> None:
+    assert set(config.Train.model_fields) >= runs.SHELL_SETTINGS
+
+
+def test_without_latents_the_encode_job_is_named(settings: Settings) -> None:
+    other = settings.model_copy(update={"encode": config.Encode(resolution_px=64)})
+    with pytest.raises(ValueError, match=r"holds no latents of encoder [0-9a-f]{12}: run the encode job first"):
+        runs.plan(other)
+
+
+def test_a_loaded_run_is_the_training_half(settings: Settings) -> None:
+    planned = runs.plan(settings)
+    training, held_out = runs.split(settings, planned)
+    assert len(training) + len(held_out) == 20
+    loaded = runs.load(settings, planned)
+    assert loaded.cache.ids == training.ids
+    assert loaded.provenance["tables"] == list(planned.tables)
