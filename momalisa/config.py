@@ -54,7 +54,7 @@ class Collect(Section):
     max_pixels: Positive = 120_000_000
     """More in the file's header than this is a decompression bomb."""
     max_bytes: Positive = 50_000_000
-    matte: str = "#ffffff"
+    matte: str = Field(default="#ffffff", pattern="^#[0-9a-fA-F]{6}$")
     """What is put behind transparent pictures."""
     tasks: Positive = 2
     """Download tasks at a time."""

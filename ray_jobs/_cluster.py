@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 
@@ -17,10 +18,5 @@ def connect() -> None:
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS", "").strip()
-    ray.init(
-        address=address or "local",
-        ignore_reinit_error=True,
-        logging_level="warning",
-        log_to_driver=True,
-        **({} if address else {"include_dashboard": False}),
-    )
+    dashboard = None if address else False
+    ray.init(address=address or "local", include_dashboard=dashboard, ignore_reinit_error=True, logging_level=logging.WARNING)

@@ -66,7 +66,8 @@ def _printed(pixels: Floats, rng: random.Random) -> Floats:
 def _hatching(phase: float) -> Floats:
     """Diagonal waves, -1..1, [102, 102, 1]."""
     y, x = np.mgrid[0:INSIDE_PX, 0:INSIDE_PX].astype(np.float32)
-    return np.sin((x + y) * np.float32(math.tau / (HATCH_PERIOD_PX * math.sqrt(2))) + np.float32(phase))[..., None]
+    wave: Floats = np.sin((x + y) * np.float32(math.tau / (HATCH_PERIOD_PX * math.sqrt(2))) + np.float32(phase))
+    return wave[..., None]
 
 
 @lru_cache(maxsize=1)

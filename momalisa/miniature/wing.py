@@ -31,11 +31,12 @@ from PIL import Image
 from momalisa.miniature import draw
 from momalisa.miniature.style import in_style
 
-COLUMNS = (
+HEADER = (
     "Title,Artist,ConstituentID,ArtistBio,Nationality,BeginDate,EndDate,Gender,Date,Medium,Dimensions,CreditLine,"
     "AccessionNumber,Classification,Department,DateAcquired,Cataloged,ObjectID,URL,ImageURL,OnView,Circumference (cm),"
     "Depth (cm),Diameter (cm),Height (cm),Length (cm),Weight (kg),Width (cm),Seat Height (cm),Duration (sec.)"
-).split(",")
+)
+COLUMNS = HEADER.split(",")
 GOOD = 112  # works on view with a picture that can be used, the unusual ones among them
 IN_STORAGE = 12  # works that are not on view
 WITHOUT_PICTURE = 6  # works on view without an ImageURL
@@ -43,9 +44,9 @@ FIRST_ID = 900_001
 FURTHER_SEEDS = 1_000_000_000  # seeds from here on are never shown
 BASE = "{base}"  # stands for the server's own address in a record
 
-GIVEN = "Ada Bruno Chiara Dov Elif Farid Greta Hana Ivo Juno Kofi Lena Malik Nora Otto Pilar Quinn Rosa Sami Thea".split()
-FAMILY = "Arden Bellini Castor Duval Ekman Ferro Grau Holm Iwata Jansen Kaya Lindt Moreau Novak Okoye Pardo Rossi Stern".split()
-NATIONS = "American Brazilian Danish French Ghanaian Italian Japanese Mexican Spanish Turkish".split()
+GIVEN = "Ada Bruno Chiara Dov Elif Farid Greta Hana Ivo Juno Kofi Lena Malik Nora Otto Pilar Quinn Rosa Sami Thea"
+FAMILY = "Arden Bellini Castor Duval Ekman Ferro Grau Holm Iwata Jansen Kaya Lindt Moreau Novak Okoye Pardo Rossi Stern"
+NATIONS = "American Brazilian Danish French Ghanaian Italian Japanese Mexican Spanish Turkish"
 MEDIA = ("Oil on canvas", "Gouache on paper", "Risograph on warm paper", "Acrylic on canvas", "Screenprint", "Tempera on panel")
 TITLES = ("{}", "Untitled ({})", "Study for <em>{}</em>", "Composition: {}", "{}, from the series\nMiniatures", "<em>{}</em>")
 
@@ -60,7 +61,7 @@ class Exhibit(NamedTuple):
 
 @dataclass(frozen=True)
 class Work:
-    """A row of the collection file, and how its picture is kept (a key of KEEPERS, or ""  for no picture)."""
+    """A row of the collection file, and how its picture is kept (a key of KEEPERS, or "" for no picture)."""
 
     record: dict[str, str]
     scene: draw.Scene
@@ -206,8 +207,8 @@ def exhibits() -> list[Exhibit]:
 
 def _work(number: int, keeper: str, on_view: bool, rng: random.Random) -> Work:
     scene = draw.sample_scene(rng)
-    artists = [f"{rng.choice(GIVEN)} {rng.choice(FAMILY)}" for _ in range(2 if rng.random() < 0.1 else 1)]
-    nations, born = [rng.choice(NATIONS) for _ in artists], [rng.randint(1890, 1990) for _ in artists]
+    artists = [f"{rng.choice(GIVEN.split())} {rng.choice(FAMILY.split())}" for _ in range(2 if rng.random() < 0.1 else 1)]
+    nations, born = [rng.choice(NATIONS.split()) for _ in artists], [rng.randint(1890, 1990) for _ in artists]
     year = rng.randint(max(born) + 20, 2025)
     record = dict.fromkeys(COLUMNS, "") | {
         "Title": rng.choice(TITLES).format(scene.caption[0].upper() + scene.caption[1:]),

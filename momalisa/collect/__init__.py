@@ -1,0 +1,1 @@
+"""From a museum to clean pictures: sources list works, the downloader fetches, hygiene judges and cleans."""
