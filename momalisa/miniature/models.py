@@ -47,14 +47,15 @@ def build_clip_tokenizer() -> CLIPTokenizer:
         [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # Named first, they have fixed ids: else pairs of equal count are merged in another order on every run.
+    first = [*alphabet, *(byte + "</w>" for byte in alphabet)]
     trainer = trainers.BpeTrainer(
-        vocab_size=1024, show_progress=False, initial_alphabet=alphabet, end_of_word_suffix="</w>", continuing_subword_prefix=""
+        vocab_size=1024 + 256, show_progress=False, special_tokens=first, end_of_word_suffix="</w>", continuing_subword_prefix=""
     )
     tokenizer.train_from_iterator(corpus(), trainer)
     learned = Tokenizer.to_str(tokenizer)
     merges = [tuple(pair) for pair in _bpe_merges(learned)]
-    tokens = [*alphabet, *(byte + "</w>" for byte in alphabet), *dict.fromkeys("".join(pair) for pair in merges)]
-    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
+    tokens = [*dict.fromkeys([*first, *("".join(pair) for pair in merges)]), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TEXT_LENGTH)
 

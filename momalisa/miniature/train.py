@@ -303,15 +303,15 @@ def fit(name: str, recipe: Recipe, work: Path, device: torch.device) -> None:
     optimizer = torch.optim.AdamW(task.learns(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     ema = {key: value.detach().clone().float() for key, value in module.state_dict().items()}
     first, seconds, curve = 0, 0.0, []
+    losses: list[float] = []  # since the curve's last point
     if state:
         module.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         ema = {key: value.to(device) for key, value in state["ema"].items()}
-        first, seconds, curve = state["step"], state["seconds"], state["curve"]
+        first, seconds, curve, losses = state["step"], state["seconds"], state["curve"], state.get("losses", [])
     shadow = [ema[key] for key in module.state_dict()]
     saved = began = time.monotonic()
     _started[name] = (began, first)
-    losses: list[float] = []
     for step in range(first, recipe.steps):
         for group in optimizer.param_groups:
             group["lr"] = rate(step, recipe)
@@ -341,6 +341,7 @@ def fit(name: str, recipe: Recipe, work: Path, device: torch.device) -> None:
                     "optimizer": optimizer.state_dict(),
                     "seconds": seconds + saved - began,
                     "curve": curve,
+                    "losses": losses,
                 },
             )
 
