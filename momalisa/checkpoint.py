@@ -26,7 +26,7 @@ BEST = "refs/best"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
-class NoCheckpoint(LookupError):
+class NoCheckpoint(ValueError):
     """There is nothing to promote or to serve yet; the message says which job makes it."""
 
 

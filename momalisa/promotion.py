@@ -33,7 +33,7 @@ PICTURE_SEED = 10_000
 CONTACT_SEED = 1000  # as the evaluation pictures of training
 
 
-class NoImprovement(RuntimeError):
+class NoImprovement(ValueError):
     """No checkpoint is better than the base model; the message says what to try."""
 
 

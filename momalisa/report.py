@@ -74,7 +74,7 @@ def write(settings: Settings, stages: Sequence[dict[str, Any]], elapsed_s: float
     store = Store(settings.root)
     store.write_bytes("report.html", page(settings, stages, figures).encode())
     store.write_json("summary.json", figures)
-    return figures
+    return {**figures, "report": store.url("report.html")}
 
 
 def _duration(seconds: float) -> str:

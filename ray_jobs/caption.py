@@ -12,7 +12,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from momalisa.config import Caption, Settings, command_line
+from momalisa.config import Caption, Settings
+from ray_jobs._job import job
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -66,8 +67,7 @@ def load(chosen: Caption, device: str) -> Any:
 
 
 def main() -> None:
-    summary = run(command_line(__doc__, "ray_jobs.caption"))
-    print(f"caption: {summary['new']} new, {summary['rejected']} failed, {summary['seconds']:.0f} s")
+    job(__doc__, "caption", run, lambda done: f"{done['new']} new, {done['rejected']} failed, {done['seconds']:.0f} s")
 
 
 if __name__ == "__main__":

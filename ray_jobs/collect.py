@@ -10,13 +10,13 @@ collect.max_bad_fraction nothing is published.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from momalisa.config import Collect, Settings, command_line
+from momalisa.config import Collect, Settings
+from ray_jobs._job import job
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -93,13 +93,12 @@ def _judge(errors: Counter[str], total: int, chosen: Collect) -> None:
 
 
 def main() -> None:
-    settings = command_line(__doc__, "ray_jobs.collect")
-    try:
-        summary = run(settings)
-    except ValueError as error:
-        sys.exit(str(error))
+    job(__doc__, "collect", run, said)
+
+
+def said(summary: dict[str, Any]) -> str:
     counts = f"{summary['rows_out']} works, {summary['new']} new, {summary['rejected']} rejected"
-    print(f"collect: {counts}, {summary['not_on_view']} not on view, {summary['seconds']:.0f} s")
+    return f"{counts}, {summary['not_on_view']} not on view, {summary['seconds']:.0f} s"
 
 
 if __name__ == "__main__":

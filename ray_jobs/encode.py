@@ -12,7 +12,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from momalisa.config import Settings, command_line
+from momalisa.config import Settings
+from ray_jobs._job import job
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -75,8 +76,7 @@ def load(settings: Settings, device: str) -> Any:
 
 
 def main() -> None:
-    summary = run(command_line(__doc__, "ray_jobs.encode"))
-    print(f"encode: {summary['new']} new, {summary['rejected']} failed, {summary['seconds']:.0f} s")
+    job(__doc__, "encode", run, lambda done: f"{done['new']} new, {done['rejected']} failed, {done['seconds']:.0f} s")
 
 
 if __name__ == "__main__":

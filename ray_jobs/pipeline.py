@@ -12,7 +12,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from momalisa.config import Settings, command_line
+from momalisa.config import Settings
+from ray_jobs._job import job
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -29,9 +30,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def main() -> None:
-    settings = command_line(__doc__, "ray_jobs.pipeline")
-    summary = run(settings)
-    print(f"pipeline: done in {summary['elapsed_s']:.0f} s; {settings.root}/report.html")
+    job(__doc__, "pipeline", run, lambda done: f"done in {done['elapsed_s']:.0f} s; the report is {done['report']}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from momalisa.config import Settings, command_line
+from momalisa.config import Settings
+from ray_jobs._job import job
 
 if TYPE_CHECKING:
     from momalisa.checkpoint import Checkpoint
@@ -123,8 +124,7 @@ def log_artifact(settings: Settings, planned: Plan, best: Checkpoint, loss: floa
 
 
 def main() -> None:
-    summary = run(command_line(__doc__, "ray_jobs.promote"))
-    print(f"promote: refs/best is {summary['checkpoint']}, {summary['seconds']:.0f} s")
+    job(__doc__, "promote", run, lambda done: f"refs/best is {done['checkpoint']}, {done['seconds']:.0f} s")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from momalisa.config import Settings, command_line
+from momalisa.config import Settings
+from ray_jobs._job import job
 
 if TYPE_CHECKING:
     from momalisa.training.run import Plan
@@ -55,6 +56,7 @@ def fit(settings: Settings, planned: Plan) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    from momalisa.storage import Store
     from ray_jobs._cluster import connect
 
     connect()
@@ -68,7 +70,7 @@ def fit(settings: Settings, planned: Plan) -> None:
         ),
         run_config=RunConfig(
             name=planned.name,
-            storage_path=f"{settings.root}/ray_train",
+            storage_path=Store(settings.root).url("ray_train"),
             failure_config=FailureConfig(max_failures=chosen.max_failures),
         ),
     )
@@ -93,8 +95,12 @@ def train_worker(config: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    summary = run(command_line(__doc__, "ray_jobs.train"))
-    print(f"train: {summary['images_seen']} images seen, {summary['rows_out']} checkpoints, {summary['seconds']:.0f} s")
+    job(
+        __doc__,
+        "train",
+        run,
+        lambda done: f"{done['images_seen']} images seen, {done['rows_out']} checkpoints, {done['seconds']:.0f} s",
+    )
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ray_cluster() -> Iterator[None]:
     """Ray on this machine with two CPUs; mark tests that use it `integration`."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else workers starve on a busy machine
     import ray
 
     ray.init(

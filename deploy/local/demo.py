@@ -36,6 +36,10 @@ SERVICE = f"http://127.0.0.1:{SERVE_PORT}"
 PROMPT = "a boat on the sea"
 
 
+# Everything is on loopback and ends with `make stop`; on a cluster, set RAY_AUTH_MODE=token.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+
 def say(text: str) -> None:
     print(f"demo: {text}", flush=True)
 
@@ -134,6 +138,7 @@ def deploy() -> str:
     config["applications"][0]["args"] = {
         "config": str(HOME / "configs" / "demo.yaml"),
         "overrides": [f"--root={OUT}"],
+        "release": json.loads((OUT / "summary.json").read_text())["checkpoint"],  # a new checkpoint is a new deployment
     }
     path = RUN / "serve.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))

@@ -1,0 +1,29 @@
+"""What every job file ends with: settings from the command line, one line about the result, errors for people."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from momalisa.config import Settings, command_line
+
+TRACEBACK = "MOMALISA_TRACEBACK"
+
+
+def job(doc: str | None, name: str, run: Callable[[Settings], dict[str, Any]], said: Callable[[dict[str, Any]], str]) -> None:
+    """Run a job as a program: what `run` returned, said in one line; a ValueError's message alone, with exit status 1.
+
+    $MOMALISA_TRACEBACK=1 shows where an error came from.
+    """
+    settings = command_line(doc, f"ray_jobs.{name}")
+    try:
+        summary = run(settings)
+    except ValueError as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        cause = getattr(error, "cause", error)  # Ray raises a task's error with its whole traceback as the message
+        text = str(cause)
+        sys.exit(text if text.startswith(f"{name}: ") else f"{name}: {text}")
+    print(f"{name}: {said(summary)}", flush=True)
