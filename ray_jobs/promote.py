@@ -80,6 +80,8 @@ def show(settings: Settings, planned: Plan, best: Checkpoint) -> None:
     from momalisa.storage import Store
 
     prompts = list(settings.promote.contact_prompts)
+    if not prompts:
+        return
     calls = [(settings, path, prompts, promotion.CONTACT_SEED) for path in (None, best.path)]
     base_pictures, best_pictures = _map(settings, promotion.generate, calls)
     sheet = promotion.comparison(settings, prompts, base_pictures, best_pictures)
