@@ -34,8 +34,19 @@ UPRIGHT = {  # EXIF orientation -> what makes the picture upright
     8: Image.Transpose.ROTATE_90,
 }
 _opening = threading.Lock()
-# What Pillow raises for damaged files, beside its own errors.
-_DAMAGE = (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, OverflowError, struct.error, MemoryError)
+# What Pillow raises for damaged files, beside its own errors; Warning, for where warnings are errors.
+_DAMAGE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    struct.error,
+    MemoryError,
+    Warning,
+)
 
 
 class BadPicture(ValueError):

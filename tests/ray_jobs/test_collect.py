@@ -1,0 +1,183 @@
+"""The collect job on a real local Ray: the wing, run again, interrupted, and too bad to publish."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from PIL import Image
+
+from momalisa.collect.sources import open_source
+from momalisa.config import Collect, Settings, Source
+from momalisa.dataset import Dataset
+from momalisa.miniature import wing
+from momalisa.records import OK
+from ray_jobs import collect
+
+HOME = Path(__file__).parents[2]
+integration = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
+
+
+def settings_for(root: Path, location: object, kind: str = "folder", **changes: Any) -> Settings:
+    source = Source.model_validate({"kind": kind, "location": str(location), **changes.pop("source", {})})
+    options = {"source": source, "allow_private_addresses": True, "max_side_px": 256, "block_size": 3, "attempts": 1, **changes}
+    return Settings(root=str(root)).model_copy(update={"collect": Collect.model_validate(options), "ray_cpus_per_task": 0.5})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Eight pictures, one of them broken."""
+    path = tmp_path / "artworks"
+    path.mkdir()
+    for number in range(8):
+        Image.new("RGB", (32, 24), (number * 30, 80, 120)).save(path / f"{number}.png")
+    (path / "3.png").write_bytes(b"<html>gone</html>")
+    return path
+
+
+@pytest.fixture(scope="module")
+def base() -> Iterator[str]:
+    with wing.serve_in_thread() as address:
+        yield address
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+class TestOnRay:
+    pytestmark = integration
+
+    def test_the_wing_is_collected_as_planned(self, tmp_path: Path, base: str, capsys: pytest.CaptureFixture[str]) -> None:
+        settings = settings_for(tmp_path / "root", f"{base}/collection.csv", "moma", block_size=40)
+        summary = collect.run(settings)
+        assert summary | {"seconds": 0} == {
+            "stage": "collect", "rows_in": 124, "rows_out": 112, "rejected": 12, "new": 124, "skipped": 0, "not_on_view": 12,
+            "seconds": 0,
+        }  # fmt: skip
+        printed = capsys.readouterr().out.splitlines()
+        assert len(printed) == 4  # a line each block
+        assert printed[-1].startswith("collect: 124/124 works, 12 rejected")
+        dataset = Dataset(settings.dataset)
+        rows = {row["id"]: row for row in dataset.rows(dataset.latest().images)}
+        planned = {f"moma-{record['ObjectID']}" for record, _, _ in wing.exhibits()}
+        assert {id for id, row in rows.items() if row["status"] == OK} == planned
+        assert all(row["bytes"] if row["status"] == OK else row["error"] and not row["bytes"] for row in rows.values())
+        assert {(row["width"], row["height"]) for row in rows.values() if row["status"] == OK} == {(128, 128)}
+        assert sum(row["error"] == "no picture" for row in rows.values()) == wing.WITHOUT_PICTURE
+
+    def test_a_second_run_does_nothing_and_a_later_one_only_what_is_new(
+        self, tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        settings = settings_for(tmp_path / "root", folder)
+        first = collect.run(settings)
+        assert (first["rows_in"], first["rows_out"], first["rejected"], first["new"]) == (8, 7, 1, 8)
+        store = Dataset(settings.dataset).store
+        before = store.list("")
+        capsys.readouterr()
+        second = collect.run(settings)
+        assert capsys.readouterr().out == "collect: nothing new (7 works)\n"
+        assert second | {"seconds": 0} == first | {"seconds": 0, "new": 0, "skipped": 8}
+        assert store.list("") == before
+        Image.new("RGB", (32, 24), "gold").save(folder / "new.png")
+        third = collect.run(settings)
+        assert (third["rows_in"], third["rows_out"], third["new"], third["skipped"]) == (9, 8, 1, 8)
+        assert set(before) < set(store.list(""))
+
+    def test_the_version_does_not_depend_on_tasks_or_on_the_run(self, tmp_path: Path, folder: Path) -> None:
+        versions = []
+        for tasks in (1, 2):
+            settings = settings_for(tmp_path / f"root{tasks}", folder, tasks=tasks)
+            collect.run(settings)
+            versions.append(Dataset(settings.dataset).latest().sha256)
+        assert versions[0] == versions[1]
+
+    def test_a_run_that_dies_leaves_the_published_version_alone(
+        self, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        settings = settings_for(tmp_path / "root", folder)
+        collect.run(settings_for(tmp_path / "root", folder, source={"limit": 3}))
+        store = Dataset(settings.dataset).store
+        published, files = store.read_bytes("refs/latest"), store.list("images")
+        with monkeypatch.context() as patched:
+            patched.setattr(collect, "_judge", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                collect.run(settings)
+        assert store.read_bytes("refs/latest") == published
+        assert len(store.list("images")) > len(files)  # tables that nobody reads
+        assert collect.run(settings)["rows_out"] == 7
+
+    def test_too_many_bad_pictures_publish_nothing_and_say_why(self, tmp_path: Path, folder: Path) -> None:
+        for number in range(5):
+            (folder / f"{number}.png").write_bytes(b"")
+        settings = settings_for(tmp_path / "root", folder)
+        with pytest.raises(ValueError, match=r"5 of 8 works were rejected.*max_bad_fraction=0.5.*5 x the file is empty"):
+            collect.run(settings)
+        assert Dataset(settings.dataset).latest().images == ()
+        collect.run(settings_for(tmp_path / "root", folder, max_bad_fraction=0.7))
+        assert Dataset(settings.dataset).latest().images
+
+    @pytest.mark.parametrize(("per_host", "tasks"), [(1, 2), (3, 2)])
+    def test_connections_to_a_host_are_few_over_all_tasks(self, tmp_path: Path, per_host: int, tasks: int) -> None:
+        busy = Busy()
+        with wing.serve_in_thread(busy.app) as address:
+            path = tmp_path / "collection.csv"
+            rows = [f"{number},a,b,{address}/{number}.png,F" for number in range(12)]
+            path.write_text("\n".join(["ObjectID,Title,Artist,ImageURL,OnView", *rows]))
+            collect.run(settings_for(tmp_path / "root", path, "moma", per_host=per_host, tasks=tasks))
+        assert busy.asked == 12
+        assert busy.most_open <= per_host
+
+
+class Busy:
+    """A museum that counts its visitors."""
+
+    def __init__(self) -> None:
+        self.asked = self.open = self.most_open = 0
+        self.app = web.Application()
+        self.app.router.add_get("/{name}", self.answer)
+
+    async def answer(self, request: web.Request) -> web.Response:
+        self.asked += 1
+        self.open += 1
+        self.most_open = max(self.most_open, self.open)
+        await asyncio.sleep(0.05)
+        self.open -= 1
+        return web.Response(body=wing.media(next(work for work in wing.works() if work.keeper == "png").file_name))
+
+
+def test_a_source_without_works_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "collection.csv"
+    path.write_text("ObjectID,Title,Artist,ImageURL,OnView\n1,a,b,c,\n")
+    with pytest.raises(ValueError, match=r"collection.csv lists no work to collect \(1 are not on view\)"):
+        collect.run(settings_for(tmp_path / "root", path, "moma"))
+    assert not (tmp_path / "root").exists()
+
+
+def test_help_is_quick_and_names_the_command() -> None:
+    code = "import sys; sys.argv[1:] = ['--help']; import ray_jobs.collect as job\ntry: job.main()\nexcept SystemExit: pass\n"
+    code += "print(sorted({'ray', 'torch', 'PIL', 'aiohttp', 'pyarrow'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HOME, capture_output=True, text=True, check=True)
+    assert "python -m ray_jobs.collect --config" in done.stdout
+    assert done.stdout.endswith("[]\n")
+
+
+def test_an_unreadable_collection_ends_with_a_message_and_not_a_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ray_jobs.collect", "--config", "configs/demo.yaml", f"--root={tmp_path}"]
+    done = subprocess.run(
+        [*command, f"--collect.source.location={tmp_path}/none.csv"], cwd=HOME, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "none.csv cannot be read: no such file" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_wing_lists_what_the_source_reads(base: str, tmp_path: Path) -> None:
+    source = open_source(settings_for(tmp_path, f"{base}/collection.csv", "moma").collect)
+    assert len(list(source.works())) == wing.GOOD + len(wing.BROKEN) + wing.WITHOUT_PICTURE
