@@ -51,6 +51,7 @@ def settings(tmp_path: Path) -> Settings:
 
 def test_the_summary_has_the_figures(settings: Settings) -> None:
     figures = report.write(settings, STAGES, 61.26)
+    assert figures.pop("report") == f"{settings.root}/report.html"
     assert Store(settings.root).read_json("summary.json") == figures
     assert figures["elapsed_s"] == 61.3
     assert figures["checkpoint"] == "checkpoints/demo-1/000000064"
