@@ -68,7 +68,7 @@ def _blocks(settings: Settings, works: list[Any]) -> Iterator[Any]:
     chosen, size = settings.collect, settings.collect.block_size
     waiting = [works[start : start + size] for start in range(0, len(works), size)]
     at_a_time = min(chosen.tasks, chosen.per_host)  # so that per_host holds over all tasks
-    task = ray.remote(num_cpus=settings.ray_cpus_per_task)(store_block)
+    task: Any = ray.remote(num_cpus=settings.ray_cpus_per_task)(store_block)
     running: list[Any] = []
     blocked: set[str] = set()
     done, rejected, began = 0, 0, time.monotonic()

@@ -22,7 +22,7 @@ class Museum:
     def __init__(self) -> None:
         self.asked: Counter[str] = Counter()
         self.agents: set[str] = set()
-        self.open = self.most_open = 0
+        self.open = self.most_open = self.sent = 0
         self.app = web.Application()
         self.app.router.add_get("/{path:.*}", self.answer)
 
@@ -64,8 +64,9 @@ class Museum:
     async def say_endless(self, request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()
         await response.prepare(request)
-        for _ in range(100):
-            await response.write(bytes(1_000))
+        for _ in range(400):
+            await response.write(bytes(100_000))
+            self.sent += 100_000
         return response
 
     async def say_cut(self, request: web.Request) -> web.StreamResponse:
@@ -141,6 +142,11 @@ def test_what_cannot_be_had_is_an_error_that_says_why(museum: Museum, base: str,
     with pytest.raises(AssertionError, match=error):
         raise AssertionError(fetched.error)
     assert museum.asked[f"/{path}"] == asked
+
+
+def test_too_many_bytes_are_not_even_read(museum: Museum, base: str) -> None:
+    assert fetch([f"{base}/endless"])[0].error == "more bytes than max_bytes=10000"
+    assert museum.sent < 20_000_000  # of 40 MB: what network buffers hold
 
 
 def test_a_host_that_does_not_answer_is_given_up(base: str) -> None:

@@ -157,14 +157,24 @@ def test_an_animation_is_its_first_frame() -> None:
     assert close(clean(data, PLAIN), quarters(), 3)
 
 
-def test_an_icc_profile_is_applied_and_dropped() -> None:
+def test_an_icc_profile_is_applied() -> None:
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    picture = clean(encoded(quarters(), "PNG", icc_profile=srgb), PLAIN)
-    assert close(picture, quarters(), 1.5)
-    for profile in (srgb, b"no profile at all", srgb[:90]):
-        data = clean(encoded(quarters(), "PNG", icc_profile=profile), PLAIN).bytes
-        with Image.open(io.BytesIO(data)) as image:
-            assert not image.info
+    swapped = srgb.replace(b"rXYZ", b"?XYZ").replace(b"bXYZ", b"rXYZ").replace(b"?XYZ", b"bXYZ")  # its red is blue
+    red = Image.new("RGB", (20, 20), (255, 0, 0))
+    assert close(clean(encoded(red, "PNG", icc_profile=srgb), PLAIN), red, 1.5)
+    seen = pixels(clean(encoded(red, "PNG", icc_profile=swapped), PLAIN)).mean(axis=(0, 1))
+    assert seen[2] > 200
+    assert seen[0] < 40
+
+
+@pytest.mark.parametrize("profile", [b"no profile at all", bytes(90)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
+def test_a_broken_icc_profile_is_passed_by_and_dropped(profile: bytes, mode: str) -> None:
+    image = quarters().convert(mode)
+    picture = clean(encoded(image, "PNG", icc_profile=profile), PLAIN)
+    assert close(picture, image.convert("RGB"), 1)
+    with Image.open(io.BytesIO(picture.bytes)) as shown:
+        assert not shown.info
 
 
 def test_metadata_is_dropped_and_the_bytes_are_always_the_same() -> None:
