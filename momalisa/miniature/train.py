@@ -56,7 +56,7 @@ RECIPES = {
     "vae": Recipe(steps=2000, batch=8, learning_rate=1.5e-3, ema_decay=0.995),
     "clip": Recipe(steps=1000, batch=128, learning_rate=1e-3),
     "blip": Recipe(steps=2000, batch=64, learning_rate=1e-3),
-    "unet": Recipe(steps=9000, batch=32, learning_rate=6e-4, ema_decay=0.9995),
+    "unet": Recipe(steps=6600, batch=32, learning_rate=6e-4, ema_decay=0.9995),
 }
 
 
