@@ -120,10 +120,12 @@ def references(settings: Settings, planned: Plan) -> tuple[list[tuple[str, Image
 
 
 def comparison(settings: Settings, prompts: Sequence[str], base: Sequence[bytes], best: Sequence[bytes]) -> bytes:
-    """The contact sheet as a PNG: for each prompt, the base's picture and the best's."""
+    """The contact sheet as a PNG: for each prompt the base's picture, then the best's; two prompts a row."""
+    names = [prompt.removeprefix(settings.caption.prefix) for prompt in prompts]
+    pairs = list(zip(opened(base), opened(best), strict=True))
     rows = [
-        (prompt.removeprefix(settings.caption.prefix), pair)
-        for prompt, pair in zip(prompts, zip(opened(base), opened(best), strict=True), strict=True)
+        ("   |   ".join(names[i : i + 2]), [picture for pair in pairs[i : i + 2] for picture in pair])
+        for i in range(0, len(names), 2)
     ]
     return png(contact_sheet(rows, min(settings.encode.resolution_px, 256)))
 

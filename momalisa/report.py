@@ -36,10 +36,12 @@ def summary(settings: Settings, stages: Sequence[dict[str, Any]], elapsed_s: flo
         "stages": rows,
         "checkpoint": stages[-1].get("checkpoint"),
         "elapsed_s": round(elapsed_s, 1),
+        "report": Store(settings.root).url("report.html"),
         **kept,
     }
 
 
+SUMMARY = "summary.json"
 SCORES = ("heldout_loss_base", "heldout_loss_best", "heldout_loss_delta_ci95", "mmd_base", "mmd_best", "mmd_collection")
 
 
@@ -58,7 +60,7 @@ def page(settings: Settings, stages: Sequence[dict[str, Any]], figures: dict[str
         f"<h1>{name}</h1><p class=lede>A collection became a generator in {_duration(figures['elapsed_s'])}.</p>",
         _cards(figures),
         "<h2>Stages</h2>" + _stages(stages),
-        "<h2>Base (left) and fine-tuned (right), equal seeds</h2>",
+        "<h2>Base (left of each pair) and fine-tuned (right), equal seeds</h2>",
         _picture(settings, f"reports/{run}/contact.png", "contact sheet"),
         "<h2>Loss</h2>" + curves(by_stage["train"]["losses"], by_stage["promote"]["scores"]["heldout_curve"]),
         "<h2>The evaluation prompts while training</h2>" + _evaluations(settings, run),
@@ -69,12 +71,17 @@ def page(settings: Settings, stages: Sequence[dict[str, Any]], figures: dict[str
 
 
 def write(settings: Settings, stages: Sequence[dict[str, Any]], elapsed_s: float) -> dict[str, Any]:
-    """Write report.html and summary.json below the root; returns the summary."""
-    figures = summary(settings, stages, elapsed_s)
+    """Write report.html and summary.json below the root; returns the summary.
+
+    Where no stage had anything new, the report of the run that did stands.
+    """
     store = Store(settings.root)
+    if store.exists(SUMMARY) and not any(stage["new"] for stage in stages):
+        return {**store.read_json(SUMMARY), "new": False}
+    figures = summary(settings, stages, elapsed_s)
     store.write_bytes("report.html", page(settings, stages, figures).encode())
-    store.write_json("summary.json", figures)
-    return {**figures, "report": store.url("report.html")}
+    store.write_json(SUMMARY, figures)
+    return {**figures, "new": True}
 
 
 def _duration(seconds: float) -> str:

@@ -30,7 +30,12 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def main() -> None:
-    job(__doc__, "pipeline", run, lambda done: f"done in {done['elapsed_s']:.0f} s; the report is {done['report']}")
+    job(__doc__, "pipeline", run, said)
+
+
+def said(summary: dict[str, Any]) -> str:
+    took = f"done in {summary['elapsed_s']:.0f} s" if summary["new"] else "nothing new"
+    return f"{took}; the report is {summary['report']}"
 
 
 if __name__ == "__main__":

@@ -49,14 +49,24 @@ def settings(tmp_path: Path) -> Settings:
     return made
 
 
+def test_a_run_without_anything_new_leaves_the_report_of_the_one_before(settings: Settings) -> None:
+    first = report.write(settings, STAGES, 61.26)
+    before = Store(settings.root).read_bytes("report.html")
+    again = report.write(settings, [{**done, "new": 0, "seconds": 0.0} for done in STAGES], 2.0)
+    assert not again["new"]
+    assert again["elapsed_s"] == first["elapsed_s"]
+    assert Store(settings.root).read_bytes("report.html") == before
+
+
 def test_the_summary_has_the_figures(settings: Settings) -> None:
     figures = report.write(settings, STAGES, 61.26)
-    assert figures.pop("report") == f"{settings.root}/report.html"
+    assert figures.pop("new")
+    assert figures["report"] == f"{settings.root}/report.html"
     assert Store(settings.root).read_json("summary.json") == figures
     assert figures["elapsed_s"] == 61.3
     assert figures["checkpoint"] == "checkpoints/demo-1/000000064"
     assert figures["stages"][0] == {"stage": "collect", "rows_in": 5, "rows_out": 4, "rejected": 1, "new": 4, "seconds": 1.25}
-    assert set(figures) == {"name", "stages", "checkpoint", "elapsed_s", *report.SCORES}
+    assert set(figures) == {"name", "stages", "checkpoint", "elapsed_s", "report", *report.SCORES}
     assert (figures["mmd_best"], figures["mmd_collection"]) == (3.5, None)
 
 

@@ -172,7 +172,9 @@ def up(install_s: float) -> None:
     picture = first_picture()
     elapsed_s = time.monotonic() - began
     summary = json.loads((OUT / "summary.json").read_text())
-    summary |= {"elapsed_s": round(elapsed_s, 1), "install_s": install_s, "serving": checkpoint, "picture": picture.name}
+    if "install_s" not in summary:  # a run that found nothing new leaves the figures of the one that did
+        summary |= {"elapsed_s": round(elapsed_s, 1), "install_s": install_s}
+    summary |= {"serving": checkpoint, "picture": picture.name}
     (OUT / "summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
     say(f"done in {elapsed_s:.0f} s (installation before that: {install_s:.0f} s)")
     say(f"dashboard  {DASHBOARD}")
