@@ -175,7 +175,8 @@ def test_the_distance_is_nearer_for_the_nearer(tmp_path: Path) -> None:
 
 def test_the_contact_sheet_pairs_base_and_best(settings: Settings) -> None:
     red, blue = (promotion.png(Image.new("RGB", (16, 16), colour)) for colour in ("red", "blue"))
-    sheet = Image.open(io.BytesIO(promotion.comparison(settings, ["A MOMA artwork of: x", "y"], [red, red], [blue, blue])))
-    assert sheet.height > sheet.width * 0.9
-    left, right = sheet.width // 4, 3 * sheet.width // 4
-    assert [sheet.getpixel((x, sheet.height // 4)) for x in (left, right)] == [(255, 0, 0), (0, 0, 255)]
+    prompts = ["A MOMA artwork of: x", "y", "z"]
+    sheet = Image.open(io.BytesIO(promotion.comparison(settings, prompts, [red] * 3, [blue] * 3)))
+    columns = [sheet.getpixel((sheet.width * (2 * i + 1) // 8, sheet.height // 4)) for i in range(4)]
+    assert columns == [(255, 0, 0), (0, 0, 255)] * 2  # two pairs a row
+    assert [sheet.getpixel((sheet.width * (2 * i + 1) // 8, 3 * sheet.height // 4)) for i in (2, 3)] == [(255, 255, 255)] * 2
