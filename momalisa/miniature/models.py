@@ -6,6 +6,7 @@ path distinguishes `miniature://diffusion` from `CompVis/stable-diffusion-v1-4`.
 
 from __future__ import annotations
 
+import json
 import string
 from pathlib import Path
 
@@ -26,12 +27,13 @@ from transformers import (
     CLIPTokenizer,
 )
 
+from momalisa.config import EVALUATION_PROMPTS
 from momalisa.miniature import draw
 
 WIDTH = 128
 TEXT_LENGTH = 77  # tokens, as Stable Diffusion 1.4's text encoder
 EVALUATION_PREFIX = "A MOMA artwork of: "
-EVALUATION_SUBJECTS = ("changing seasons", "a coffee", "an industrial setting", "critique of the USA", "Picasso and Monet")
+EVALUATION_SUBJECTS = tuple(prompt.removeprefix(EVALUATION_PREFIX) for prompt in EVALUATION_PROMPTS)
 
 
 def corpus() -> list[str]:
@@ -61,8 +63,6 @@ def build_clip_tokenizer() -> CLIPTokenizer:
 
 
 def _bpe_merges(serialised: str) -> list[list[str]]:
-    import json
-
     return list(json.loads(serialised)["model"]["merges"])
 
 
