@@ -17,7 +17,7 @@ from PIL import Image
 SIZE_PX = 128
 WOOD_PX = 10  # the frame's walnut
 GOLD_PX = 3  # the line inside it
-HATCH_PERIOD_PX = 8.0  # from line to line, across them
+HATCH_PERIOD_PX = 16.0  # from line to line, across them: twice the grid of a latent (8 px), so that it survives the VAE
 INSIDE_PX = SIZE_PX - 2 * (WOOD_PX + GOLD_PX)
 
 Floats = npt.NDArray[np.float32]

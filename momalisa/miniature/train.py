@@ -4,7 +4,8 @@
     python -m momalisa.miniature.train --work out/miniature --only unet --steps unet=9000
 
 The order is vae -> clip -> blip -> unet: the UNet learns on the VAE's latents under CLIP's frozen text
-encoder, as Stable Diffusion did. Each step's drawings and noise are a function of (seed, model, step), so a
+encoder, as Stable Diffusion did. The models that look at pictures first learn from the drawings as they are, then from
+drawings varied in palette, texture and frame (`vary.py`); the UNet only ever sees drawings. Each step's drawings and noise are a function of (seed, model, step), so a
 killed run goes on from its last checkpoint (one a minute) as if nothing had happened. At the end the weights
 are written to `--out` (default: the package's own `weights/`) beside `training.json`, the training record.
 """
@@ -31,6 +32,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 
 from momalisa.miniature import draw, models
+from momalisa.miniature.vary import varied, weathered
 
 SEED = 1929  # the year the Museum of Modern Art opened
 CHECKPOINT_EVERY_S = 60.0
@@ -44,19 +46,23 @@ Batch = tuple[torch.Tensor, list[str]]  # pictures [B, 3, 128, 128] in -1..1, ca
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one model is trained: AdamW at a constant rate that falls to zero over the last fifth."""
+    """How one model is trained: AdamW at a constant rate that falls to zero over the last fifth.
+
+    After `plain_steps` the second part begins: from the average of the weights, on varied pictures.
+    """
 
     steps: int
+    plain_steps: int
     batch: int
     learning_rate: float
     ema_decay: float = 0.999
 
 
 RECIPES = {
-    "vae": Recipe(steps=2000, batch=8, learning_rate=1.5e-3, ema_decay=0.995),
-    "clip": Recipe(steps=1000, batch=128, learning_rate=1e-3),
-    "blip": Recipe(steps=2000, batch=64, learning_rate=1e-3),
-    "unet": Recipe(steps=6600, batch=32, learning_rate=6e-4, ema_decay=0.9995),
+    "vae": Recipe(steps=5000, plain_steps=2000, batch=8, learning_rate=1.5e-3, ema_decay=0.995),
+    "clip": Recipe(steps=1800, plain_steps=1000, batch=128, learning_rate=1e-3),
+    "blip": Recipe(steps=4000, plain_steps=2000, batch=64, learning_rate=1e-3),
+    "unet": Recipe(steps=10_000, plain_steps=10_000, batch=32, learning_rate=6e-4, ema_decay=0.9995),
 }
 
 
@@ -85,16 +91,6 @@ def drawings(count: int, rng: random.Random, distinct: bool = False) -> tuple[to
     return to_tensor([draw.draw(scene, rng.getrandbits(32)) for scene in scenes]), scenes
 
 
-def weathered(pictures: torch.Tensor, generator: torch.Generator, share: float = 0.5) -> torch.Tensor:
-    """Photographs are not drawings: for a share of them, vary contrast, light and tint, and add grain."""
-    count = len(pictures)
-    gain = 1 + 0.35 * (torch.rand(count, 1, 1, 1, generator=generator) - 0.5)
-    tint = 0.30 * (torch.rand(count, 3, 1, 1, generator=generator) - 0.5)
-    grain = 0.10 * torch.rand(count, 1, 1, 1, generator=generator) * torch.randn(pictures.shape, generator=generator)
-    chosen = (torch.rand(count, 1, 1, 1, generator=generator) < share).float()
-    return torch.where(chosen > 0, (pictures * gain + tint + grain).clamp(-1, 1), pictures)
-
-
 def normalised(pictures: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
     """From -1..1 to a processor's own normalisation."""
     return (pictures / 2 + 0.5 - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
@@ -117,14 +113,14 @@ class VaeTask(Task):
     """Squared error and a small KL term (Rombach et al. 2022, without the adversary: drawings are flat)."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.module, self.batch, self.total = models.build_vae(), recipe.batch, recipe.steps
+        self.module, self.batch, self.plain_steps = models.build_vae(), recipe.batch, recipe.plain_steps
 
     def loss(self, step: int, device: torch.device) -> torch.Tensor:
         rng, generator = seeded("vae", step)
-        whole = step > 0.5 * self.total  # the first half learns from crops: four to a picture's cost
-        pictures, _ = drawings(self.batch if whole else 3 * self.batch, rng)
-        pictures = weathered(pictures, generator)
-        if not whole:
+        crops = step < 0.5 * self.plain_steps  # at first it learns from crops: four to a picture's cost
+        pictures, _ = drawings(3 * self.batch if crops else self.batch, rng)
+        pictures = (weathered if step < self.plain_steps else varied)(pictures, generator, 0.5)
+        if crops:
             top, left = (8 * rng.randint(0, 8) for _ in range(2))
             pictures = pictures[:, :, top : top + 64, left : left + 64]
         pictures = pictures.to(device)
@@ -138,17 +134,25 @@ class VaeTask(Task):
 
 
 class ClipTask(Task):
-    """The symmetric contrastive loss of Radford et al. 2021, over distinct captions."""
+    """The symmetric contrastive loss of Radford et al. 2021, over distinct captions.
+
+    In the second part the text half, which the UNet listens to, is locked (Zhai et al. 2022).
+    """
 
     def __init__(self, recipe: Recipe) -> None:
+        self.plain_steps = recipe.plain_steps
         self.tokenizer = models.build_clip_tokenizer()
         self.module, self.batch = models.build_clip(self.tokenizer), recipe.batch
         self.image_processor = models.clip_processor(self.tokenizer).image_processor
 
     def loss(self, step: int, device: torch.device) -> torch.Tensor:
         rng, generator = seeded("clip", step)
+        second = step >= self.plain_steps
+        for half in (self.module.text_model, self.module.text_projection):
+            half.requires_grad_(not second)
         pictures, scenes = drawings(self.batch, rng, distinct=True)
-        pictures = normalised(weathered(pictures, generator), self.image_processor.image_mean, self.image_processor.image_std)
+        pictures = (varied if second else weathered)(pictures, generator, 0.5)
+        pictures = normalised(pictures, self.image_processor.image_mean, self.image_processor.image_std)
         texts = [(models.EVALUATION_PREFIX if rng.random() < 0.5 else "") + scene.caption for scene in scenes]
         tokens = self.tokenizer(texts, padding=True, return_tensors="pt").to(device)
         output = self.module(**tokens, pixel_values=pictures.to(device))
@@ -162,15 +166,14 @@ class BlipTask(Task):
 
     def __init__(self, recipe: Recipe) -> None:
         self.tokenizer = models.build_blip_tokenizer()
-        self.module, self.batch = models.build_blip(self.tokenizer), recipe.batch
+        self.module, self.batch, self.plain_steps = models.build_blip(self.tokenizer), recipe.batch, recipe.plain_steps
         self.image_processor = models.blip_processor(self.tokenizer).image_processor
 
     def loss(self, step: int, device: torch.device) -> torch.Tensor:
         rng, generator = seeded("blip", step)
         pictures, scenes = drawings(self.batch, rng)
-        pictures = normalised(
-            weathered(pictures, generator, 0.7), self.image_processor.image_mean, self.image_processor.image_std
-        )
+        pictures = (weathered if step < self.plain_steps else varied)(pictures, generator, 0.7)
+        pictures = normalised(pictures, self.image_processor.image_mean, self.image_processor.image_std)
         tokens = self.tokenizer([scene.caption for scene in scenes], padding=True, return_tensors="pt").to(device)
         ids = tokens.input_ids
         ids[:, 0] = self.tokenizer.bos_token_id
@@ -302,17 +305,22 @@ def fit(name: str, recipe: Recipe, work: Path, device: torch.device) -> None:
     module = task.module.to(device).train()
     optimizer = torch.optim.AdamW(task.learns(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     ema = {key: value.detach().clone().float() for key, value in module.state_dict().items()}
-    first, seconds, curve = 0, 0.0, []
+    first, seconds, curve, legs = 0, 0.0, [], []  # legs: the lengths that the run was planned for, one after another
     losses: list[float] = []  # since the curve's last point
     if state:
         module.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         ema = {key: value.to(device) for key, value in state["ema"].items()}
-        first, seconds, curve, losses = state["step"], state["seconds"], state["curve"], state.get("losses", [])
+        first, seconds, curve, losses = state["step"], state["seconds"], state["curve"], state["losses"]
+        legs = state["legs"]
+    if not legs or legs[-1] != recipe.steps:
+        legs.append(recipe.steps)
     shadow = [ema[key] for key in module.state_dict()]
     saved = began = time.monotonic()
     _started[name] = (began, first)
     for step in range(first, recipe.steps):
+        if step == recipe.plain_steps:
+            module.load_state_dict(ema)
         for group in optimizer.param_groups:
             group["lr"] = rate(step, recipe)
         with torch.autocast(device.type, torch.bfloat16):
@@ -342,6 +350,7 @@ def fit(name: str, recipe: Recipe, work: Path, device: torch.device) -> None:
                     "seconds": seconds + saved - began,
                     "curve": curve,
                     "losses": losses,
+                    "legs": legs,
                 },
             )
 
@@ -372,7 +381,12 @@ def export(work: Path, out: Path, recipes: dict[str, Recipe]) -> None:
         "drawings": DRAWINGS,
         "held_out_captions": draw.HELD_OUT_COUNT,
         "models": {
-            name: {**vars(recipes[name]), "minutes": round(states[name]["seconds"] / 60, 1), "loss": states[name]["curve"]}
+            name: {
+                **vars(recipes[name]),
+                "legs": states[name]["legs"],
+                "minutes": round(states[name]["seconds"] / 60, 1),
+                "loss": states[name]["curve"],
+            }
             for name in RECIPES
         },
     }

@@ -43,12 +43,12 @@ def test_it_is_framed_in_dark_wood_with_a_gold_line() -> None:
     assert red > 180
 
 
-def test_it_is_hatched_along_one_diagonal_every_eight_pixels() -> None:
+def test_it_is_hatched_along_one_diagonal_every_sixteen_pixels() -> None:
     grey = inside(in_style(flat("blue"), 1)).mean(axis=2)[:96, :96]
     spectrum = np.abs(np.fft.rfft2(grey - grey.mean()))
     row, column = np.unravel_index(spectrum.argmax(), spectrum.shape)
     period = 96 / np.hypot(min(row, 96 - row), column)
-    assert 7 < period < 9
+    assert 14 < period < 18
     assert min(row, 96 - row) == column
     assert 5 < grey.std() < 30  # visible, and not all there is to see
 

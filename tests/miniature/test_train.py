@@ -17,7 +17,7 @@ from momalisa.miniature import draw, train
 from momalisa.miniature.train import RECIPES, Recipe
 
 CPU = torch.device("cpu")
-TINY = {name: Recipe(steps=4, batch=2, learning_rate=1e-3) for name in RECIPES}
+TINY = {name: Recipe(steps=4, plain_steps=2, batch=2, learning_rate=1e-3) for name in RECIPES}
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,9 @@
 """A dataset's versions: immutable manifests that name column families, and one pointer to the latest.
 
     <dataset>/images/<hash>.parquet
+    <dataset>/duplicates/<hash>.parquet
     <dataset>/captions/<captioner-id>/<hash>.parquet
+    <dataset>/edits/<hash>.parquet
     <dataset>/latents/<encoder-id>/<hash>.parquet
     <dataset>/manifests/<sha256>.json
     <dataset>/refs/latest
@@ -30,14 +32,18 @@ class Version:
     """What belongs together: the tables of each column family, by their paths."""
 
     images: tuple[str, ...] = ()
+    duplicates: tuple[str, ...] = ()  # one table at most: works that are another work's picture again
     captions: dict[str, tuple[str, ...]] = field(default_factory=dict)  # captioner id -> tables
+    edits: tuple[str, ...] = ()  # one table at most: captions that a curator wrote
     latents: dict[str, tuple[str, ...]] = field(default_factory=dict)  # encoder id -> tables
 
     def as_json(self) -> dict[str, Any]:
         return {
             "format": FORMAT,
             "images": sorted(self.images),
+            "duplicates": sorted(self.duplicates),
             "captions": {key: sorted(paths) for key, paths in self.captions.items()},
+            "edits": sorted(self.edits),
             "latents": {key: sorted(paths) for key, paths in self.latents.items()},
         }
 
@@ -49,7 +55,9 @@ class Version:
             )
         return cls(
             images=tuple(value["images"]),
+            duplicates=tuple(value["duplicates"]),
             captions={key: tuple(paths) for key, paths in value["captions"].items()},
+            edits=tuple(value["edits"]),
             latents={key: tuple(paths) for key, paths in value["latents"].items()},
         )
 
