@@ -3,11 +3,13 @@
     python -m momalisa.miniature.train --work out/miniature            # all four, in order
     python -m momalisa.miniature.train --work out/miniature --only unet --steps unet=9000
 
-The order is vae -> clip -> blip -> unet: the UNet learns on the VAE's latents under CLIP's frozen text
-encoder, as Stable Diffusion did. The models that look at pictures first learn from the drawings as they are, then from
-drawings varied in palette, texture and frame (`vary.py`); the UNet only ever sees drawings. Each step's drawings and noise are a function of (seed, model, step), so a
-killed run goes on from its last checkpoint (one a minute) as if nothing had happened. At the end the weights
-are written to `--out` (default: the package's own `weights/`) beside `training.json`, the training record.
+The order is vae -> clip -> blip -> unet: the UNet learns on the VAE's latents under CLIP's frozen text encoder, as
+Stable Diffusion did. The models that look at pictures first learn from the drawings as they are, then from drawings
+varied in palette, texture and frame (`vary.py`); the UNet only ever sees drawings.
+
+Each step's drawings and noise are a function of (seed, model, step), so a killed run goes on from its last checkpoint
+(one a minute) as if nothing had happened. At the end the weights are written to `--out` (default: the package's own
+`weights/`) beside `training.json`, the training record.
 """
 
 from __future__ import annotations

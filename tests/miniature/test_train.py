@@ -191,7 +191,7 @@ def test_weathering_touches_its_share_and_stays_in_range() -> None:
 
 
 def test_the_rate_warms_up_holds_and_falls_to_zero() -> None:
-    recipe = Recipe(steps=1000, batch=1, learning_rate=2.0)
+    recipe = Recipe(steps=1000, plain_steps=1000, batch=1, learning_rate=2.0)
     rates = [train.rate(step, recipe) for step in range(1001)]
     assert rates[0] == pytest.approx(0.02)
     assert rates[99] == rates[799] == 2.0
