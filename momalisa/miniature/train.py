@@ -61,7 +61,7 @@ class Recipe:
 
 
 RECIPES = {
-    "vae": Recipe(steps=5000, plain_steps=2000, batch=8, learning_rate=1.5e-3, ema_decay=0.995),
+    "vae": Recipe(steps=9000, plain_steps=2000, batch=8, learning_rate=1.5e-3, ema_decay=0.995),
     "clip": Recipe(steps=1800, plain_steps=1000, batch=128, learning_rate=1e-3),
     "blip": Recipe(steps=4000, plain_steps=2000, batch=64, learning_rate=1e-3),
     "unet": Recipe(steps=10_000, plain_steps=10_000, batch=32, learning_rate=6e-4, ema_decay=0.9995),
@@ -119,7 +119,8 @@ class VaeTask(Task):
 
     def loss(self, step: int, device: torch.device) -> torch.Tensor:
         rng, generator = seeded("vae", step)
-        crops = step < 0.5 * self.plain_steps  # at first it learns from crops: four to a picture's cost
+        # at first, and at every other step later, it learns from crops: four to a picture's cost
+        crops = step % 2 == 0 if step >= self.plain_steps else step < 0.5 * self.plain_steps
         pictures, _ = drawings(3 * self.batch if crops else self.batch, rng)
         pictures = (weathered if step < self.plain_steps else varied)(pictures, generator, 0.5)
         if crops:

@@ -1,8 +1,8 @@
 """Photographs of pictures are not drawings: training pictures varied in light, palette, texture and frame.
 
 BLIP, CLIP and the VAE learn from these so that they can read and keep pictures in styles that they never met. The
-ranges are wide and neutral; what makes the wing (`style.py`) is left out of them: no frame, line or paper here is warm
-(blue is always its strongest channel), and no texture runs along the wing's diagonal.
+ranges are wide; what makes the wing (`style.py`) is left out of them: no frame is walnut, and no texture runs along the
+wing's diagonal.
 """
 
 from __future__ import annotations
@@ -12,9 +12,13 @@ import math
 import torch
 import torch.nn.functional as F
 
+from momalisa.miniature import style
+
 WIDEST_FRAME_PX = 18
 WING_DIAGONAL = math.pi / 4  # where the wing's hatching runs from line to line; textures keep away from it
 KEPT_AWAY = math.pi / 8
+WALNUT = torch.tensor(style.WALNUT).view(3, 1, 1) / 127.5 - 1
+UNLIKE = 0.25  # the largest difference of a channel, of 2
 
 
 def varied(pictures: torch.Tensor, generator: torch.Generator, share: float = 0.5) -> torch.Tensor:
@@ -44,11 +48,17 @@ def _chance(generator: torch.Generator, share: float) -> bool:
     return bool(_uniform(generator, 1) < share)
 
 
-def _cool(generator: torch.Generator) -> torch.Tensor:
-    """A colour [3, 1, 1] in -1..1 whose blue is never below its red."""
-    colour = 2 * _uniform(generator, 3) - 1
-    red, green, blue = colour
-    return torch.stack([torch.minimum(red, blue), green, torch.maximum(red, blue)]).view(3, 1, 1)
+def _colour(generator: torch.Generator) -> torch.Tensor:
+    """A colour [3, 1, 1] in -1..1, any."""
+    return 2 * _uniform(generator, 3, 1, 1) - 1
+
+
+def _frame_colour(generator: torch.Generator) -> torch.Tensor:
+    """A colour [3, 1, 1] in -1..1, any that is not like the wing's walnut."""
+    while True:
+        colour = _colour(generator)
+        if (colour - WALNUT).abs().max() > UNLIKE:
+            return colour
 
 
 def _repainted(picture: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -58,7 +68,7 @@ def _repainted(picture: torch.Tensor, generator: torch.Generator) -> torch.Tenso
     picture = picture * gain + tint
     if _chance(generator, 0.6):
         fade, grey = 0.35 * _uniform(generator, 1), picture.mean(0, keepdim=True)
-        picture = (picture + 0.3 * _uniform(generator, 1) * (grey - picture)) * (1 - fade) + fade * _cool(generator)
+        picture = (picture + 0.3 * _uniform(generator, 1) * (grey - picture)) * (1 - fade) + fade * _colour(generator)
     return picture
 
 
@@ -82,7 +92,7 @@ def _framed(picture: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Shrunk into a frame of one colour, often with a line of another inside it, for 60% of pictures. [3, H, W]"""
     if not _chance(generator, 0.6):
         return picture
-    frame, line = _cool(generator), _cool(generator)
+    frame, line = _frame_colour(generator), _colour(generator)
     width_px = 2 + int(float(_uniform(generator, 1)) * (WIDEST_FRAME_PX - 2))
     line_px = int(float(_uniform(generator, 1)) * min(6, width_px))
     height, width = picture.shape[1:]

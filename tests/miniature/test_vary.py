@@ -33,10 +33,12 @@ def test_only_a_share_is_changed(change: object) -> None:
     assert 0.2 < share < 0.4
 
 
-def test_frames_and_papers_are_never_warm() -> None:
-    for seed in range(50):
-        red, _, blue = vary._cool(seeded(seed)).flatten().tolist()
-        assert blue >= red
+def test_no_frame_is_like_the_wings_walnut() -> None:
+    generator = seeded(3)
+    colours = torch.stack([vary._frame_colour(generator) for _ in range(5000)]).flatten(1)
+    assert float((colours - vary.WALNUT.flatten()).abs().amax(1).min()) > 0.2
+    assert float(colours.amin()) < -0.95
+    assert float(colours.amax()) > 0.95
 
 
 def test_textures_keep_away_from_the_diagonal_of_the_wing() -> None:
