@@ -193,7 +193,7 @@ def stop() -> None:
             continue
         say(f"stopping {name}")
         os.killpg(pid, signal.SIGTERM)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 5  # nothing is lost by a kill
         while alive(pid_file) and time.monotonic() < deadline:
             time.sleep(0.2)
         if alive(pid_file):

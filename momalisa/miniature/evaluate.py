@@ -3,8 +3,9 @@
     python -m momalisa.miniature.evaluate [--sheet out/evaluation.png]
 
 Prints progress, then one line of JSON: `vae_psnr_db` (mean over 500 drawings), `blip_exact` (share of exact captions
-over the same), `clip_top1` (right caption first among 64), `t2i_exact` and `t2i_subject` (300 held-out prompts drawn in
-25 steps at most; BLIP reads back the very caption, or the right subject).
+over the same), `blip_wing_exact` and `blip_wing_subject` (the same over 200 works of the wing's style, which no model saw),
+`clip_top1` (right caption first among 64), `t2i_exact` and `t2i_subject` (300 held-out prompts drawn in 25 steps at most;
+BLIP reads back the very caption, or the right subject).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from momalisa.contact_sheet import contact_sheet
 from momalisa.engine import Engine, Request
 from momalisa.latents import Autoencoder, sample, to_pictures, to_pixels
 from momalisa.miniature import draw
+from momalisa.miniature.wing import further_works
 from momalisa.weights import MINIATURE
 
 SEED = 20_000_000_000  # beyond the 32 bits that training draws from
@@ -70,6 +72,13 @@ def read(captioner: Captioner, pictures: Sequence[Image.Image]) -> list[str]:
     return [text.replace(" ,", ",") for text in texts]
 
 
+def agreement(said: Sequence[str], captions: Sequence[str]) -> tuple[float, float]:
+    """Shares of texts that are the very caption, and that name its subject."""
+    pairs = list(zip(said, captions, strict=True))
+    exact = float(np.mean([a == b for a, b in pairs]))
+    return exact, float(np.mean([draw.subject_of(a) == draw.subject_of(b) for a, b in pairs]))
+
+
 @torch.no_grad()
 def clip_top1(directory: str, rounds: int = 8) -> float:
     """Share of drawings whose own caption is the nearest of 64."""
@@ -99,6 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m momalisa.miniature.evaluate", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--weights", type=Path, default=MINIATURE, help="a folder with diffusion/, blip/ and clip/")
     parser.add_argument("--drawings", type=int, default=500)
+    parser.add_argument("--works", type=int, default=200, help="of the wing")
     parser.add_argument("--prompts", type=int, default=draw.HELD_OUT_COUNT)
     parser.add_argument("--steps", type=int, default=20, choices=range(1, 26), metavar="1..25")
     parser.add_argument("--guidance-scale", type=float, default=3.0)
@@ -110,13 +120,17 @@ def main(arguments: list[str] | None = None) -> None:
     pictures, captions = unseen_drawings(options.drawings)
     prompts = [scene.caption for scene in draw.held_out_scenes()[: options.prompts]]
     drawn = text_to_image(engine, prompts, options.steps, options.guidance_scale)
-    said = read(captioner, drawn)
+    works = further_works(options.works, seed=3)
+    wing_exact, wing_subject = agreement(read(captioner, [work for _, work in works]), [caption for caption, _ in works])
+    t2i_exact, t2i_subject = agreement(read(captioner, drawn), prompts)
     figures = {
         "vae_psnr_db": vae_psnr_db(engine.autoencoder, pictures),
-        "blip_exact": float(np.mean([a == b for a, b in zip(read(captioner, pictures), captions, strict=True)])),
+        "blip_exact": agreement(read(captioner, pictures), captions)[0],
+        "blip_wing_exact": wing_exact,
+        "blip_wing_subject": wing_subject,
         "clip_top1": clip_top1(str(options.weights / "clip")),
-        "t2i_exact": float(np.mean([a == b for a, b in zip(said, prompts, strict=True)])),
-        "t2i_subject": float(np.mean([draw.subject_of(a) == draw.subject_of(b) for a, b in zip(said, prompts, strict=True)])),
+        "t2i_exact": t2i_exact,
+        "t2i_subject": t2i_subject,
     }
     if options.sheet:
         rows = [("; ".join(prompts[i : i + 8]), drawn[i : i + 8]) for i in range(0, min(len(drawn), 80), 8)]

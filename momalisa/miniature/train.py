@@ -61,7 +61,7 @@ class Recipe:
 
 
 RECIPES = {
-    "vae": Recipe(steps=9000, plain_steps=2000, batch=8, learning_rate=1.5e-3, ema_decay=0.995),
+    "vae": Recipe(steps=7000, plain_steps=2000, batch=8, learning_rate=1.5e-3, ema_decay=0.995),
     "clip": Recipe(steps=1800, plain_steps=1000, batch=128, learning_rate=1e-3),
     "blip": Recipe(steps=4000, plain_steps=2000, batch=64, learning_rate=1e-3),
     "unet": Recipe(steps=10_000, plain_steps=10_000, batch=32, learning_rate=6e-4, ema_decay=0.9995),
