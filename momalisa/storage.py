@@ -163,7 +163,9 @@ class Store:
     def _locked(self, path: str) -> Iterator[None]:
         if not self.is_local:
             if type(self._fs).__name__ != "MemoryFileSystem":
-                raise StorageError(f"{self.root}: pointers are moved safely only in folders and gs:// buckets; choose one as root")
+                raise StorageError(
+                    f"{self.root}: pointers are moved safely only in folders and gs:// buckets; choose one as root"
+                )
             with _in_this_process:
                 yield
             return

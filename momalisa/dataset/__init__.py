@@ -93,7 +93,8 @@ class Version:
         """More tables in a family; `instead_of`: tables that they take the place of."""
         tables = tuple(sorted((set(self.families().get(folder, ())) - set(instead_of)) | set(paths)))
         family, _, key = folder.partition("/")
-        return replace(self, **{family: {**getattr(self, family), key: tables} if key else tables})
+        change: Any = {family: {**getattr(self, family), key: tables} if key else tables}
+        return replace(self, **change)
 
     def with_images(self, paths: Iterable[str]) -> Version:
         return self.with_tables("images", paths)
