@@ -93,7 +93,7 @@ def check(path: Path, rows: list[Row], ids: set[str], texts: Iterable[str]) -> N
             problems.append(f"{where} is no work with a picture in the latest version; remove the row")
         elif row.id in seen:
             problems.append(f"{where} stands on line {seen[row.id]} too; remove one of them")
-        elif not row.caption and row.id in described:
+        elif not row.caption and row.edited != "withdraw" and row.id in described:
             problems.append(f"{where} has an empty caption; write one, or remove the row to leave the caption as it is")
         elif row.edited not in MARKS:
             problems.append(f"{where}: edited is {row.edited!r}; it can be yes, no or withdraw")
