@@ -26,7 +26,8 @@ ASPECTS = (0.0, 0.5, 0.67, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0, float("inf"))  # wid
 CHARTS = """
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:1rem} .charts figure{background:#fff;
 border:1px solid #ddd5c3;padding:.8rem 1rem} figcaption{font:13px system-ui,sans-serif;color:#665;margin-bottom:.4em}
-svg{width:100%;display:block;font:11px system-ui,sans-serif} code{font-size:.85em} td{overflow-wrap:anywhere}
+svg{width:100%;display:block;font:11px system-ui,sans-serif} .card{flex-basis:130px} code{font-size:.85em}
+td{overflow-wrap:anywhere}
 """
 
 
@@ -119,25 +120,27 @@ def bars(counts: Sequence[tuple[str, int]]) -> str:
     if not any(count for _, count in counts):
         return "<p>None.</p>"
     height, step, base = 190, 46, 140
-    most, width = max(count for _, count in counts), step * len(counts) + 10
+    most, width = max(count for _, count in counts), step * len(counts) + 36
     parts = []
     for place, (label, count) in enumerate(counts):
-        x, tall = 8 + place * step, count / most * (base - 22)
+        x, tall = 32 + place * step, count / most * (base - 22)
         middle = x + (step - 6) / 2
         parts.append(f'<rect x="{x}" y="{base - tall:.1f}" width="{step - 6}" height="{tall:.1f}" fill="#b5432a"/>')
         said = f"{count:,}" if count else ""
         parts.append(f'<text x="{middle:.0f}" y="{base - tall - 5:.1f}" text-anchor="middle" fill="#665">{said}</text>')
         turned = f'transform="rotate(-32 {middle:.0f} {base + 14})" text-anchor="end"'
         parts.append(f'<text x="{middle + 4:.0f}" y="{base + 16}" {turned}>{html.escape(label)}</text>')
-    axis = f'<line x1="4" y1="{base}" x2="{width - 4}" y2="{base}" stroke="#8a8f98"/>'
+    axis = f'<line x1="28" y1="{base}" x2="{width - 4}" y2="{base}" stroke="#8a8f98"/>'
     return f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(parts)}{axis}</svg>'
 
 
 def captions(good: Sequence[dict[str, Any]], texts: dict[str, str], edits: dict[str, str]) -> str:
+    """A curator's first, then a sample of the captioner's."""
     described = [row for row in good if row["id"] in texts]
+    own = sample([row for row in described if row["id"] in edits], LISTED // 4)
+    rest = sample([row for row in described if row["id"] not in edits], LISTED // 2)
     lines = [
-        (row["id"], row["title"], texts[row["id"]], "curator" if row["id"] in edits else "captioner")
-        for row in sample(described, LISTED // 2)
+        (row["id"], row["title"], texts[row["id"]], by) for rows, by in ((own, "curator"), (rest, "captioner")) for row in rows
     ]
     return table(("work", "title", "caption", "by"), lines)
 
