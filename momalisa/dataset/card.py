@@ -26,7 +26,7 @@ ASPECTS = (0.0, 0.5, 0.67, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0, float("inf"))  # wid
 CHARTS = """
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:1rem} .charts figure{background:#fff;
 border:1px solid #ddd5c3;padding:.8rem 1rem} figcaption{font:13px system-ui,sans-serif;color:#665;margin-bottom:.4em}
-svg{width:100%;display:block;font:11px system-ui,sans-serif} .card{flex-basis:130px} code{font-size:.85em}
+svg{width:100%;display:block;font:11px system-ui,sans-serif} .card{flex-basis:100px} code{font-size:.85em}
 td{overflow-wrap:anywhere}
 """
 
