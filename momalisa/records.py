@@ -59,6 +59,13 @@ CAPTIONS = pa.schema(
     ]
 )
 
+EDITS = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("caption", pa.string(), nullable=False),  # with its prefix, as a curator wrote it
+    ]
+)
+
 LATENTS = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
@@ -33,7 +32,6 @@ from momalisa.records import OK
 from momalisa.storage import Store, parquet_bytes
 
 ERROR = "error"
-READERS = 16  # threads that read tables' small columns
 TRANSFERS = 4  # read and write tasks at a time; they wait for the network, so they reserve no CPU
 
 
@@ -88,20 +86,8 @@ def open_picture(data: bytes) -> Image.Image:
         raise ValueError(f"{len(data)} bytes that are no picture in a known format") from None
 
 
-def columns(store: Store, paths: Iterable[str], names: list[str]) -> list[list[dict[str, Any]]]:
-    """The rows of each table, some columns only: on object stores nothing else is fetched."""
-
-    def read(path: str) -> list[dict[str, Any]]:
-        with fsspec.open(store.url(path), "rb") as file:
-            rows: list[dict[str, Any]] = pq.read_table(file, columns=names).to_pylist()
-            return rows
-
-    with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(read, sorted(paths)))
-
-
 def open_parts(
-    store: Store, images: Iterable[str], done: set[str], texts: dict[str, str] | None
+    dataset: Dataset, images: Iterable[str], done: set[str], texts: dict[str, str] | None
 ) -> tuple[list[dict[str, str]], int]:
     """The parts still to do, and how many works there are in all.
 
@@ -110,7 +96,7 @@ def open_parts(
     parts: list[dict[str, str]] = []
     seen: set[str] = set()
     paths = sorted(images)
-    for path, rows in zip(paths, columns(store, paths, ["id", "status"]), strict=True):
+    for path, rows in zip(paths, dataset.columns(paths, ["id", "status"]), strict=True):
         ids = [row["id"] for row in rows if row["status"] == OK and (texts is None or row["id"] in texts)]
         fresh = {id: texts[id] if texts else "" for id in ids if id not in seen}
         seen.update(fresh)
@@ -129,12 +115,12 @@ def fill(settings: Settings, family: Family, done_paths: tuple[str, ...], texts:
 
     began, dataset = time.monotonic(), Dataset(settings.dataset)
     counts, done = Counts(), set()
-    for row in (row for rows in columns(dataset.store, done_paths, ["id", "status"]) for row in rows):
+    for row in (row for rows in dataset.columns(done_paths, ["id", "status"]) for row in rows):
         done.add(row["id"])
         counts.ok += row["status"] == OK
         counts.bad += row["status"] != OK
     before = counts.all
-    parts, total = open_parts(dataset.store, dataset.latest().images, done, texts)
+    parts, total = open_parts(dataset, dataset.latest().images, done, texts)
     paths: list[str] = []
     if parts:
         connect()

@@ -31,7 +31,7 @@ def run(settings: Settings) -> dict[str, Any]:
     family = Family("caption", chosen, f"captions/{family_id}", CAPTIONS, partial(load, chosen))
     summary = fill(settings, family, version.captions.get(family_id, ()))
     if paths := summary.pop("paths"):
-        dataset.publish(dataset.latest().with_captions(family_id, paths))
+        dataset.add(family.folder, paths, began=version)
     else:
         print(f"caption: nothing new ({summary['rows_out']} captions)")
     return summary

@@ -25,7 +25,8 @@ def run(settings: Settings) -> dict[str, Any]:
     from momalisa.dataset import Dataset
 
     began, dataset, chosen = time.monotonic(), Dataset(settings.dataset), settings.collect
-    known = dataset.ids(dataset.latest().images)
+    began_at = dataset.latest()
+    known = dataset.ids(began_at.images)
     source = open_source(chosen)
     listed = list(source.works())
     new = [work for work in listed if work.id not in known]
@@ -38,7 +39,7 @@ def run(settings: Settings) -> dict[str, Any]:
         errors.update(stored.errors)
     _judge(errors, len(new), chosen)
     if new:
-        dataset.publish(dataset.latest().with_images(paths))
+        dataset.add("images", paths, began_at)
     ok = dataset.ids(dataset.latest().images, only_ok=True)
     ids = {work.id for work in listed}
     if not new:

@@ -4,7 +4,8 @@
     ray job submit --runtime-env runtime_env.yaml -- python -m ray_jobs.encode --config configs/sd14.yaml
 
 Writes latents/<encoder-id>/ and a new version of the dataset: what training reads. Run it again after captioning
-more: only new works are encoded. Another base model, resolution or captioner is another family beside the first.
+more: only new works are encoded, and a caption that a curator has edited takes its place. Another base model,
+resolution or captioner is another family beside the first.
 """
 
 from __future__ import annotations
@@ -20,22 +21,25 @@ def run(settings: Settings) -> dict[str, Any]:
     """Fill the family of latents, publish, and return the stage's summary."""
     from momalisa.captioner import captioner_id
     from momalisa.dataset import Dataset
-    from momalisa.latents import encoder_id, load_tokenizer
-    from momalisa.records import LATENTS, OK
-    from ray_jobs._tables import Family, columns, fill
+    from momalisa.dataset.wording import reworded
+    from momalisa.latents import encoder_id, load_tokenizer, tokenize
+    from momalisa.records import LATENTS
+    from ray_jobs._tables import Family, fill
 
     dataset, captions_id = Dataset(settings.dataset), captioner_id(settings.caption)
     version, family_id = dataset.latest(), encoder_id(settings, captions_id)
     if not version.captions.get(captions_id):
         missing = "run the caption job first" if version.images else "run the collect job first, then the caption job"
         raise ValueError(f"{settings.dataset} holds no captions by {settings.caption.model} ({captions_id}): {missing}")
-    load_tokenizer(settings.diffusion)  # a name that cannot be loaded fails here, before any actor starts
-    tables = columns(dataset.store, version.captions[captions_id], ["id", "short", "status"])
-    texts = {row["id"]: row["short"] for rows in tables for row in rows if row["status"] == OK}
+    tokenizer = load_tokenizer(settings.diffusion)  # a name that cannot be loaded fails here, before any actor starts
+    texts, tables = dataset.texts(version, captions_id), version.latents.get(family_id, ())
     family = Family("encode", settings.encode, f"latents/{family_id}", LATENTS, partial(load, settings))
-    summary = fill(settings, family, version.latents.get(family_id, ()), texts)
-    if paths := summary.pop("paths"):
-        dataset.publish(dataset.latest().with_latents(family_id, paths))
+    done, changed = reworded(dataset, family.folder, tables, texts, partial(tokenize, tokenizer))
+    summary = fill(settings, family, done, texts)
+    paths = summary.pop("paths")
+    summary |= {"new": summary["new"] + changed, "skipped": summary["skipped"] - changed}
+    if paths or done != tables:
+        dataset.add(family.folder, [*done, *paths], began=version, instead_of=tables)
     else:
         print(f"encode: nothing new ({summary['rows_out']} works)")
     return summary

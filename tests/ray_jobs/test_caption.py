@@ -97,7 +97,7 @@ def test_an_empty_caption_is_an_error(settings: Settings, collection: Dataset, m
 def test_a_part_holds_what_is_not_done_and_each_id_once(collection: Dataset) -> None:
     twice = collection.put_rows("images", [Artwork(id="w00", bytes=b"other").row(), Artwork(id="w99").row()], IMAGES)
     images = (*collection.latest().images, twice)
-    parts, total = open_parts(collection.store, images, done={"w01", "w20", "w21"}, texts=None)
+    parts, total = open_parts(collection, images, done={"w01", "w20", "w21"}, texts=None)
     assert total == 9
     wanted = [id for part in parts for id in json.loads(part["wanted"])]
     assert sorted(wanted) == ["w00", "w02", "w10", "w11", "w12", "w99"]

@@ -12,7 +12,8 @@ from PIL import Image
 from momalisa.captioner import captioner_id
 from momalisa.config import Diffusion, Settings
 from momalisa.dataset import Dataset
-from momalisa.latents import Autoencoder, TextEncoder, encoder_id, to_pixels
+from momalisa.dataset.edits import with_edits
+from momalisa.latents import Autoencoder, TextEncoder, encoder_id, load_tokenizer, to_pixels, tokenize
 from momalisa.records import CAPTIONS
 from ray_jobs import encode
 
@@ -63,6 +64,36 @@ def test_captioned_pictures_are_encoded_once_whatever_the_pool(
     captioned.publish(before)  # the same from the start, by two actors, is the same version
     encode.run(settings.model_copy(update={"encode": settings.encode.model_copy(update={"actors": 2})}))
     assert captioned.latest().sha256 == published.sha256
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_curators_words_take_the_captions_place_without_encoding_a_picture(
+    settings: Settings, captioned: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode.run(settings)
+    name = encoder_id(settings, captioner_id(settings.caption))
+    before = captioned.latest()
+    edits = {"w00": "A MOMA artwork of: a boat", "w21": "A MOMA artwork of: what no captioner described"}
+    captioned.update(lambda latest: with_edits(captioned, latest, edits))
+    summary = encode.run(settings)
+    assert (summary["new"], summary["skipped"], summary["rows_out"]) == (2, 5, 7)
+    old, new = ({row["id"]: row for row in captioned.rows(version.latents[name])} for version in (before, captioned.latest()))
+    assert sorted(new) == sorted([*old, "w21"])
+    tokenizer = load_tokenizer(settings.diffusion)
+    for id, text in edits.items():
+        assert (new[id]["caption"], new[id]["token_ids"]) == (text, tokenize(tokenizer, [text])[0].tolist())
+    assert new["w00"]["moments"] == old["w00"]["moments"]
+    assert {id: row for id, row in new.items() if id not in edits} == {id: row for id, row in old.items() if id != "w00"}
+    assert before.latents[name] != captioned.latest().latents[name]
+    assert not captioned.store.missing(before.paths())
+
+    edited = captioned.latest()
+    monkeypatch.setattr("ray_jobs._cluster.connect", lambda: pytest.fail("Ray was started"))
+    assert encode.run(settings)["new"] == 0
+    assert captioned.latest() == edited
+    captioned.update(lambda latest: with_edits(captioned, latest, edits | {"w01": "only words changed"}))
+    assert encode.run(settings)["new"] == 1  # without a picture to encode there is no need of Ray
 
 
 @pytest.mark.usefixtures("collection")

@@ -14,12 +14,19 @@ from hypothesis import strategies as st
 from momalisa.dataset import FORMAT, Dataset, Version
 from momalisa.records import CAPTIONS, OK, REJECTED
 
-VERSION = Version(images=("images/b.parquet", "images/a.parquet"), captions={"blip": ("c2", "c1")}, latents={"vae": ("l",)})
+VERSION = Version(
+    images=("images/b", "images/a"), captions={"blip": ("captions/c2", "captions/c1")}, latents={"vae": ("latents/l",)}
+)
+LATER = ["images/c", "images/new", "captions/c3", "latents/l2"]
 
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Dataset:
-    return Dataset(str(tmp_path))
+    """Nothing published; the tables that versions of these tests name are there."""
+    found = Dataset(str(tmp_path))
+    for path in sorted(VERSION.paths().union(LATER)):
+        found.store.write_bytes(path, b"")
+    return found
 
 
 def row(work_id: str, status: str = OK) -> dict[str, Any]:
@@ -35,26 +42,32 @@ def test_what_is_published_is_the_latest(dataset: Dataset) -> None:
     assert dataset.latest().as_json() == VERSION.as_json()
     assert digest == VERSION.sha256 == dataset.latest().sha256
     assert dataset.store.list("manifests") == [f"manifests/{digest}.json"]
-    assert dataset.store.read_json("refs/latest") == {"manifest": f"manifests/{digest}.json"}
+    pointer = dataset.store.read_json("refs/latest")
+    assert (pointer["manifest"], pointer["sequence"]) == (f"manifests/{digest}.json", 1)
 
 
 def test_an_old_version_stays_as_it_was(dataset: Dataset) -> None:
     first = dataset.publish(VERSION)
     before = dataset.store.read_bytes(f"manifests/{first}.json")
-    grown = VERSION.with_images(["images/c.parquet"]).with_captions("blip", ["c3"]).with_latents("other", ["l2"])
+    grown = VERSION.with_images(["images/c"]).with_captions("blip", ["captions/c3"]).with_latents("other", ["latents/l2"])
     assert dataset.publish(grown) != first
     assert dataset.store.read_bytes(f"manifests/{first}.json") == before
-    assert VERSION.captions == {"blip": ("c2", "c1")}
-    assert dataset.latest().captions == {"blip": ("c1", "c2", "c3")}
-    assert dataset.latest().latents == {"vae": ("l",), "other": ("l2",)}
+    assert VERSION.captions == {"blip": ("captions/c2", "captions/c1")}
+    assert dataset.latest().captions == {"blip": ("captions/c1", "captions/c2", "captions/c3")}
+    assert dataset.latest().latents == {"vae": ("latents/l",), "other": ("latents/l2",)}
 
 
-def test_publishing_the_same_again_writes_no_manifest(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset.publish(VERSION)
-    written: list[str] = []
-    monkeypatch.setattr(dataset.store, "write_json", lambda path, value: written.append(path))
-    dataset.publish(VERSION)
-    assert written == ["refs/latest"]
+def test_publishing_the_same_again_writes_nothing(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = dataset.publish(VERSION)
+    monkeypatch.setattr(dataset.store, "write_bytes", lambda path, data: pytest.fail(f"{path} was written"))
+    assert dataset.publish(VERSION) == digest
+
+
+def test_a_version_whose_tables_are_not_there_is_not_published(dataset: Dataset) -> None:
+    first = dataset.publish(VERSION)
+    with pytest.raises(ValueError, match="2 tables of this version are missing, for example images/gone1"):
+        dataset.publish(VERSION.with_images(["images/gone1", "images/gone2", "images/c"]))
+    assert dataset.latest().sha256 == first
 
 
 def test_killed_before_the_pointer_the_old_version_stands(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +81,7 @@ def test_killed_before_the_pointer_the_old_version_stands(dataset: Dataset, monk
 
     monkeypatch.setattr(dataset.store, "write_bytes", killed)
     with pytest.raises(KeyboardInterrupt):
-        dataset.publish(VERSION.with_images(["images/new.parquet"]))
+        dataset.publish(VERSION.with_images(["images/new"]))
     monkeypatch.undo()
     assert len(dataset.store.list("manifests")) == 2
     assert dataset.latest().sha256 == VERSION.sha256
