@@ -15,16 +15,28 @@ killed leaves files that nobody reads. A manifest holds no time and no run id, s
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import fsspec
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from momalisa.records import OK
 from momalisa.storage import Store, canonical_json
 
 FORMAT = 1
+READERS = 16  # threads that read tables' small columns
+
+
+class Place(NamedTuple):
+    """Where a work's row is, and whether it is usable."""
+
+    table: str
+    ok: bool
 
 
 @dataclass(frozen=True)
@@ -112,3 +124,54 @@ class Dataset:
         """Write rows, ordered by id, as one table; returns its path."""
         ordered = sorted(rows, key=lambda row: row["id"])
         return self.store.put_table(folder, pa.Table.from_pylist(ordered, schema=schema))
+
+    def columns(self, paths: Iterable[str], names: list[str]) -> Iterator[tuple[str, pa.Table]]:
+        """(path, some columns) of each table: of a bucket's tables nothing else is fetched."""
+
+        def read(path: str) -> tuple[str, pa.Table]:
+            with fsspec.open(self.store.url(path), "rb") as file:
+                return path, pq.read_table(file, columns=names)
+
+        with ThreadPoolExecutor(READERS) as pool:
+            yield from pool.map(read, sorted(paths))
+
+    def places(self, paths: Iterable[str]) -> dict[str, Place]:
+        """id -> where its row is. A million ids take about 150 MB."""
+        found: dict[str, Place] = {}
+        for path, table in self.columns(paths, ["id", "status"]):
+            good, bad = Place(path, True), Place(path, False)  # one object for all rows of a table
+            ids, states = table["id"].to_pylist(), table["status"].to_pylist()
+            found.update((id, good if status == OK else bad) for id, status in zip(ids, states, strict=True))
+        return found
+
+    def without(self, version: Version, ids: Set[str]) -> tuple[Version, dict[str, str]]:
+        """A version in which works have no row in images, captions and latents, for new rows to take their place.
+
+        Tables are copied where they hold such a row, never changed. Also returns {images table: its copy}.
+        What a curator wrote stays, and so do duplicates, which are found anew.
+        """
+        if not ids:
+            return version, {}
+        tables = [version.images, *version.captions.values(), *version.latents.values()]
+        copies = self._copies({path for paths in tables for path in paths}, ids)
+
+        def swapped(paths: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(sorted({new for new in (copies.get(path, path) for path in paths) if new}))
+
+        changed = replace(
+            version,
+            images=swapped(version.images),
+            captions={key: swapped(paths) for key, paths in version.captions.items()},
+            latents={key: swapped(paths) for key, paths in version.latents.items()},
+        )
+        return changed, {old: copies[old] for old in version.images if copies.get(old)}
+
+    def _copies(self, paths: Iterable[str], ids: Set[str]) -> dict[str, str]:
+        """{table that holds a row of `ids`: its copy without them, "" if no row is left}."""
+        holders = [path for path, table in self.columns(paths, ["id"]) if not ids.isdisjoint(table["id"].to_pylist())]
+        return {path: self._copy_without(path, ids) for path in holders}
+
+    def _copy_without(self, path: str, ids: Set[str]) -> str:
+        table = self.store.get_table(path)
+        kept = table.filter(pc.invert(pc.is_in(table["id"], pa.array(sorted(ids), pa.string()))))
+        return self.store.put_table(path.rsplit("/", 1)[0], kept) if kept.num_rows else ""
