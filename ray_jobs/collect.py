@@ -35,10 +35,10 @@ class Tally:
 
     def add(self, stored: Any) -> None:
         self.works += stored.works
-        self.ok += stored.ok
         self.new += stored.new
-        self.reasons.update(stored.reasons)
-        self.examples = {**stored.examples, **self.examples}
+        self.ok += stored.figures.ok
+        self.reasons.update(stored.figures.reasons)
+        self.examples = {**stored.figures.examples, **self.examples}
         speed = self.works / (time.monotonic() - self.began)
         print(f"collect: {self.works} works, {self.works - self.ok} rejected, {speed:.1f}/s", flush=True)
 
@@ -106,14 +106,14 @@ def _blocks(settings: Settings, blocks: Iterator[list[Any]], known: Any) -> Iter
     task: Any = ray.remote(num_cpus=settings.ray_cpus_per_task)(store_block)
     running: dict[Any, tuple[Any, set[str]]] = {}
     while waiting or running:
-        while waiting and free and book.may_begin(asked := origins(waiting)):
+        while waiting and free and book.may_begin(asked := origins(waiting, chosen)):
             share, tables = free.pop(0), {work.id: known[work.id].table for work in waiting if work.id in known}
             running[task.remote(settings.dataset, waiting, chosen, share, book.begin(asked), tables)] = (share, asked)
             waiting = next(blocks, None)
         finished, _ = ray.wait(list(running), num_returns=1)
         share, asked = running.pop(finished[0])
         stored = ray.get(finished[0])
-        book.finish(asked, stored.hosts)
+        book.finish(asked, stored.figures.hosts)
         free.append(share)
         yield stored
 

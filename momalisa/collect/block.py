@@ -39,16 +39,23 @@ class Before:
 
 
 @dataclass
+class Figures:
+    """How a block's works ended, and what was learned about hosts."""
+
+    ok: int = 0  # works whose row, new or old, is usable
+    reasons: Counter[str] = field(default_factory=Counter)  # of the rejected and the unchanged
+    examples: dict[str, str] = field(default_factory=dict)  # reason -> an error
+    hosts: Hosts = field(default_factory=Hosts)
+
+
+@dataclass
 class Collected:
     """What a block came to. Rows are only those that the dataset lacks or must replace."""
 
     rows: list[Artwork] = field(default_factory=list)
     said: dict[str, Validators] = field(default_factory=dict)  # id -> what the host said about the rows' pictures
     said_again: dict[str, Validators] = field(default_factory=dict)  # the same, of pictures that have not changed
-    ok: int = 0  # works whose row, new or old, is usable
-    reasons: Counter[str] = field(default_factory=Counter)  # of the rejected and the unchanged
-    examples: dict[str, str] = field(default_factory=dict)  # reason -> an error
-    hosts: Hosts = field(default_factory=Hosts)  # what was learned
+    figures: Figures = field(default_factory=Figures)
 
 
 @dataclass(frozen=True)
@@ -59,11 +66,8 @@ class Stored:
     works: int
     new: int
     replaced: frozenset[str]  # ids of rows that the new table's rows stand in for
-    ok: int
-    reasons: Counter[str]
-    examples: dict[str, str]
-    hosts: Hosts
     said_again: dict[str, dict[str, Validators]]  # images table -> id -> validators
+    figures: Figures
 
 
 def store_block(
@@ -84,9 +88,7 @@ def store_block(
     for id, said in collected.said_again.items():
         again.setdefault(before[id].table, {})[id] = said
     ids = frozenset(row.id for row in collected.rows)
-    return Stored(
-        path, len(works), len(ids), ids & before.keys(), collected.ok, collected.reasons, collected.examples, collected.hosts, again
-    )
+    return Stored(path, len(works), len(ids), ids & before.keys(), again, collected.figures)
 
 
 def read_before(dataset: Dataset, tables: Mapping[str, str]) -> dict[str, Before]:
@@ -131,7 +133,7 @@ def collect_block(
         known = [_known(before.get(works[index].id), works[index]) for index in wanted]
         asyncio.run(downloader.fetch_all(addresses, finish, known))
         learned = downloader.hosts
-    collected = Collected(hosts=learned)
+    collected = Collected(figures=Figures(hosts=learned))
     for row, one in zip(rows, fetched, strict=True):
         _sort_in(collected, row, one, before.get(row.id))
     return collected
@@ -148,16 +150,16 @@ def _same_picture(one: Fetched, old: Before) -> bool:
 
 def _sort_in(collected: Collected, row: Artwork, one: Fetched, old: Before | None) -> None:
     """Count a work, and keep its row if the dataset lacks it or holds another one."""
-    unchanged = row.status == ""  # its picture is the one that is there
+    figures, unchanged = collected.figures, row.status == ""  # its picture is the one that is there
     if unchanged:
-        collected.reasons[Reason.NOT_MODIFIED] += 1
+        figures.reasons[Reason.NOT_MODIFIED] += 1
         if one.validators and old and one.validators != old.said:
             collected.said_again[row.id] = one.validators
     elif row.status != OK:
-        collected.reasons[row.reason] += 1
-        collected.examples.setdefault(row.reason, row.error)
+        figures.reasons[row.reason] += 1
+        figures.examples.setdefault(row.reason, row.error)
     kept = unchanged or bool(old and _stays(old, row))
-    collected.ok += old.status == OK if kept and old else row.status == OK
+    figures.ok += old.status == OK if kept and old else row.status == OK
     if not kept:
         collected.rows.append(row)
         collected.said[row.id] = one.validators
@@ -204,6 +206,8 @@ def read_file(address: str, max_bytes: int) -> Fetched:
     return Fetched(data=data)
 
 
-def origins(works: Sequence[Artwork]) -> set[str]:
-    """The hosts that a block asks, as origins."""
+def origins(works: Sequence[Artwork], settings: Collect) -> set[str]:
+    """The hosts whose robots.txt a block needs."""
+    if settings.source.kind == "folder" or not settings.obey_robots:
+        return set()
     return {origin for work in works if work.status != REJECTED and (origin := origin_of(work.image_url))}

@@ -22,7 +22,7 @@ import aiohttp
 from yarl import URL
 
 from momalisa.collect.addresses import PublicResolver, is_private, private
-from momalisa.collect.fetched import Ended, Fetched, TryAgain, Validators
+from momalisa.collect.fetched import NOTHING_SAID, Ended, Fetched, TryAgain, Validators
 from momalisa.collect.hosts import Hosts, origin_of
 from momalisa.collect.hygiene import is_html
 from momalisa.collect.pace import Pace, Share
@@ -56,7 +56,7 @@ class _Wanted:
 
     url: str
     max_bytes: int
-    known: Validators = Validators()  # of what we have
+    known: Validators = NOTHING_SAID  # of what we have
     obey_robots: bool = True
     cut: bool = False  # of a longer body, the first `max_bytes` will do
     file: BinaryIO | None = None  # where the body goes; None: into memory
@@ -85,9 +85,7 @@ class Downloader:
         """
         async with self._session() as session, asyncio.TaskGroup() as group:
             for index, url in enumerate(urls):
-                wanted = _Wanted(
-                    url, self.settings.max_bytes, known[index] if known else Validators(), self.settings.obey_robots
-                )
+                wanted = _Wanted(url, self.settings.max_bytes, known[index] if known else NOTHING_SAID, self.settings.obey_robots)
                 group.create_task(self._one(session, index, wanted, then))
 
     async def save(self, url: str, file: BinaryIO, max_bytes: int) -> Fetched:

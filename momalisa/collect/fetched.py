@@ -23,6 +23,9 @@ class Validators:
         return {name: value for name, value in said.items() if value}
 
 
+NOTHING_SAID = Validators()
+
+
 @dataclass(frozen=True)
 class Fetched:
     """What became of a URL: its bytes, or an error that says why there are none, and its reason in one word."""
@@ -30,7 +33,7 @@ class Fetched:
     data: bytes = b""
     error: str = ""
     reason: Reason = Reason.OK
-    validators: Validators = Validators()
+    validators: Validators = NOTHING_SAID
     status: int = 0  # HTTP's, of an answer that is an error
 
 

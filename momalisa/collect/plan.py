@@ -16,7 +16,7 @@ class Plan:
 
     known: Mapping[str, Place]  # id -> its row's place in the dataset
     settings: Collect
-    listed: int = field(default=0, init=False)
+    listed: int = field(default=0, init=False)  # works that are known, or asked for
     passed_by: int = field(default=0, init=False)  # known works that are left as they are
     passed_by_ok: int = field(default=0, init=False)
 
@@ -29,13 +29,13 @@ class Plan:
     def blocks(self, works: Iterable[Artwork]) -> Iterator[list[Artwork]]:
         block: list[Artwork] = []
         for work in works:
-            self.listed += 1
             if self.wants(work):
+                self.listed += 1
                 block.append(work)
-            else:
-                place = self.known.get(work.id)
-                self.passed_by += place is not None
-                self.passed_by_ok += place is not None and place.ok
+            elif (place := self.known.get(work.id)) is not None:
+                self.listed += 1
+                self.passed_by += 1
+                self.passed_by_ok += place.ok
             if len(block) == self.settings.block_size:
                 yield block
                 block = []

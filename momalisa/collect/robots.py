@@ -1,11 +1,11 @@
 """robots.txt (RFC 9309) and X-Robots-Tag: what a host does not want robots to fetch, and how often it wants to be asked.
 
-    what it answers       what may be fetched                                     RFC 9309
-    rules                 what they allow to our name, else to `*`                2.2
-    4xx                   everything (but after 429 nothing, like 5xx)            2.3.1.3
-    5xx, no answer        nothing: all its works end as `disallowed` (5xx),
-                          `timeout` or `unreachable`                              2.3.1.4
-    more than 500 KiB     what the first 500 KiB allow                            2.5
+what it answers       what may be fetched                                     RFC 9309
+rules                 what they allow to our name, else to `*`                2.2
+4xx                   everything (but after 429 nothing, like 5xx)            2.3.1.3
+5xx, no answer        nothing: all its works end as `disallowed` (5xx),
+                      `timeout` or `unreachable`                              2.3.1.4
+more than 500 KiB     what the first 500 KiB allow                            2.5
 """
 
 from __future__ import annotations

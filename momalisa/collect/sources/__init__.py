@@ -13,7 +13,7 @@ To add a museum, write a class with `works()` and `left_out`, and name it in `op
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from momalisa.collect.sources.aic import AicApi
@@ -35,6 +35,5 @@ class ArtworkSource(Protocol):
 
 def open_source(settings: Collect) -> ArtworkSource:
     """The source that the settings name. Nothing is read yet."""
-    kinds = {"moma": MomaFile, "folder": PictureFolder, "aic": AicApi}
-    source: ArtworkSource = kinds[settings.source.kind](settings)
-    return source
+    kinds: dict[str, Callable[[Collect], ArtworkSource]] = {"moma": MomaFile, "folder": PictureFolder, "aic": AicApi}
+    return kinds[settings.source.kind](settings)

@@ -70,9 +70,7 @@ class AicApi:
         else:
             yield from self._from("artworks/search", search, first, SEARCH_RESULTS // PAGE_SIZE)
 
-    def _from(
-        self, path: str, query: dict[str, str], first: dict[str, Any], most: int | None = None
-    ) -> Iterator[dict[str, Any]]:
+    def _from(self, path: str, query: dict[str, str], first: dict[str, Any], most: int | None = None) -> Iterator[dict[str, Any]]:
         yield first
         pages = first["pagination"]["total_pages"]
         for number in range(2, min(pages, most or pages) + 1):
