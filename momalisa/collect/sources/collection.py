@@ -49,20 +49,24 @@ def _download(url: str, settings: Collect, file: BinaryIO) -> None:
 
 def csv_rows(file: BinaryIO, location: str, required: Iterable[str]) -> Iterator[dict[str, str]]:
     """The rows of a CSV file, cells stripped, all columns present. Raises ValueError naming the location."""
-    reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
-    try:
-        columns = [name.strip() for name in next((row for row in reader if any(map(str.strip, row))), [])]
-        if not columns:
-            raise ValueError(f"{location} is empty; collect.source.location must be a collection file with a header and rows")
-        if missing := [name for name in required if name not in columns]:
-            raise _in_another_schema(location, columns, missing)
-        width = len(columns)
-        for row in reader:
-            if row:
-                cells = row + [""] * (width - len(row))
-                yield dict(zip(columns, map(str.strip, cells), strict=False))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{location} is not a UTF-8 CSV file (line {reader.line_num}: {error}); save it as one") from error
+    with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+        reader = csv.reader(text)
+        try:
+            yield from _rows(reader, location, required)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{location} is not a UTF-8 CSV file (line {reader.line_num}: {error}); save it as one") from error
+
+
+def _rows(reader: Iterator[list[str]], location: str, required: Iterable[str]) -> Iterator[dict[str, str]]:
+    columns = [name.strip() for name in next((row for row in reader if any(map(str.strip, row))), [])]
+    if not columns:
+        raise ValueError(f"{location} is empty; collect.source.location must be a collection file with a header and rows")
+    if missing := [name for name in required if name not in columns]:
+        raise _in_another_schema(location, columns, missing)
+    for row in reader:
+        if row:
+            cells = row + [""] * (len(columns) - len(row))
+            yield dict(zip(columns, map(str.strip, cells), strict=False))
 
 
 def _in_another_schema(location: str, columns: list[str], missing: list[str]) -> ValueError:

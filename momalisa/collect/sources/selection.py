@@ -19,8 +19,6 @@ def selected(works: Iterable[tuple[Artwork, bool]], source: Source, left_out: Co
     departments, classifications = _names(source.departments), _names(source.classifications)
     seen: set[str] = set()
     for work, on_view in works:
-        if len(seen) == source.limit:
-            return
         if source.on_view_only and not on_view:
             left_out[NOT_ON_VIEW] += 1
         elif departments and work.department.casefold() not in departments:
@@ -32,6 +30,8 @@ def selected(works: Iterable[tuple[Artwork, bool]], source: Source, left_out: Co
         else:
             seen.add(work.id)
             yield work
+            if len(seen) == source.limit:
+                return
 
 
 def _names(chosen: Iterable[str]) -> set[str]:
