@@ -134,7 +134,7 @@ def test_works_are_taken_out_of_every_family_by_copies(dataset: Dataset) -> None
     assert (changed.duplicates, changed.edits) == (version.duplicates, version.edits)
     assert copies == {first: changed.images[0]}
     assert version.as_json() == before
-    assert texts(dataset, (first, second)) == ["a", "b", "c", "d", "e"]  # what was published stays readable
+    assert set(texts(dataset, (first, second))) == set("abcde")  # what was published stays readable
 
 
 def test_taking_out_nothing_or_what_is_not_there_changes_nothing(dataset: Dataset) -> None:

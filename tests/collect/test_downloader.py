@@ -339,7 +339,8 @@ def test_more_urls_than_memory_holds_all_come_to_an_end(base: str) -> None:
     urls = [f"{base}/{kinds[number % len(kinds)]}" for number in range(140)]
     fetched = fetch(urls, TRUSTING.model_copy(update={"attempts": 1}), per_host=20)
     assert Counter(one.reason for one in fetched) == {
-        Reason.OK: 40, Reason.NOT_FOUND: 20, Reason.TOO_LARGE: 20, Reason.DISALLOWED: 20, Reason.UNREACHABLE: 20, Reason.HTTP_ERROR: 20
+        Reason.OK: 40, Reason.NOT_FOUND: 20, Reason.TOO_LARGE: 20, Reason.DISALLOWED: 20, Reason.UNREACHABLE: 20,
+        Reason.HTTP_ERROR: 20,
     }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ def test_rules_are_read_as_rfc_9309_says(text: str, path: str, allowed: bool) ->
     if allowed:
         rules.judge(f"https://museum.example{path}")
     else:
-        with pytest.raises(Ended, match="robots.txt disallows it to momalisa"):
+        with pytest.raises(Ended, match=r"robots.txt disallows it to momalisa"):
             rules.judge(f"https://museum.example{path}")
 
 

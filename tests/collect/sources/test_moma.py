@@ -97,7 +97,7 @@ MEASURE = """
 import resource, sys
 from momalisa.collect.sources import open_source
 from momalisa.config import Collect, Source
-source = open_source(Collect(source=Source(location=sys.argv[1], on_view_only=sys.argv[2] == "on view"), requests_per_second=1000))
+source = open_source(Collect(source=Source(location=sys.argv[1], on_view_only=sys.argv[2] == "on view")))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 count = sum(1 for _ in source.works())
 print(count, source.left_out["not on view"], (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
