@@ -23,7 +23,7 @@ from yarl import URL
 
 from momalisa.collect.addresses import PublicResolver, is_private, private
 from momalisa.collect.fetched import NOTHING_SAID, Ended, Fetched, TryAgain, Validators
-from momalisa.collect.hosts import Hosts, origin_of
+from momalisa.collect.hosts import Hosts
 from momalisa.collect.hygiene import is_html
 from momalisa.collect.pace import Pace, Share
 from momalisa.collect.robots import ROBOTS_BYTES, RobotsFile, Rules, forbidden_by
@@ -190,7 +190,7 @@ class Downloader:
 
     async def _rules_of(self, session: aiohttp.ClientSession, url: URL) -> Rules:
         """The rules of a host, whose robots.txt is read once."""
-        origin = origin_of(str(url))
+        origin = str(url.origin())
         if origin not in self._rules:
             self._rules[origin] = asyncio.create_task(self._read_robots(session, origin))
         return await self._rules[origin]
