@@ -128,7 +128,7 @@ def _publish(dataset: Any, done: list[Any]) -> None:
         for table, said in said_again.items():
             validators.add(dataset.store, table, said)
     if paths:
-        version, copies = dataset.without(dataset.latest(), replaced)
+        version, copies = dataset.without_works(dataset.latest(), replaced)
         for old, new in copies.items():
             validators.add(dataset.store, new, validators.read(dataset.store, old))
         dataset.publish(version.with_images(paths))

@@ -127,7 +127,7 @@ def test_works_are_taken_out_of_every_family_by_copies(dataset: Dataset) -> None
         (first, second), ("duplicates/d",), {"blip": (first,), "other": (captions,)}, ("edits/e",), {"vae": (second,)}
     )
     before = version.as_json()
-    changed, copies = dataset.without(version, {"b", "d", "e", "unknown"})
+    changed, copies = dataset.without_works(version, {"b", "d", "e", "unknown"})
     assert texts(dataset, changed.images) == ["a", "c"]
     assert {key: texts(dataset, paths) for key, paths in changed.captions.items()} == {"blip": ["a", "c"], "other": ["a"]}
     assert changed.latents == {"vae": ()}
@@ -140,13 +140,13 @@ def test_works_are_taken_out_of_every_family_by_copies(dataset: Dataset) -> None
 def test_taking_out_nothing_or_what_is_not_there_changes_nothing(dataset: Dataset) -> None:
     path = dataset.put_rows("images", [row("a")], CAPTIONS)
     version, files = Version((path,)), dataset.store.list("")
-    assert dataset.without(version, set()) == dataset.without(version, {"b"}) == (version, {})
+    assert dataset.without_works(version, set()) == dataset.without_works(version, {"b"}) == (version, {})
     assert dataset.store.list("") == files
 
 
 def test_a_copy_is_the_table_that_its_rows_would_have_made(dataset: Dataset) -> None:
     path = dataset.put_rows("images", [row("a"), row("b")], CAPTIONS)
-    changed, _ = dataset.without(Version((path,)), {"b"})
+    changed, _ = dataset.without_works(Version((path,)), {"b"})
     assert changed.images == (dataset.put_rows("images", [row("a")], CAPTIONS),)
 
 

@@ -94,7 +94,7 @@ def store_block(
 def read_before(dataset: Dataset, tables: Mapping[str, str]) -> dict[str, Before]:
     """id -> what the dataset holds of it. `tables`: id -> images table."""
     before = {}
-    for table, rows in dataset.columns(set(tables.values()), FACTS):
+    for table, rows in dataset.small_tables(set(tables.values()), FACTS):
         said = validators.read(dataset.store, table)
         for row in rows.to_pylist():
             if tables.get(id := row.pop("id")) == table:

@@ -125,7 +125,7 @@ class Dataset:
         ordered = sorted(rows, key=lambda row: row["id"])
         return self.store.put_table(folder, pa.Table.from_pylist(ordered, schema=schema))
 
-    def columns(self, paths: Iterable[str], names: list[str]) -> Iterator[tuple[str, pa.Table]]:
+    def small_tables(self, paths: Iterable[str], names: list[str]) -> Iterator[tuple[str, pa.Table]]:
         """(path, some columns) of each table: of a bucket's tables nothing else is fetched."""
 
         def read(path: str) -> tuple[str, pa.Table]:
@@ -136,15 +136,15 @@ class Dataset:
             yield from pool.map(read, sorted(paths))
 
     def places(self, paths: Iterable[str]) -> dict[str, Place]:
-        """id -> where its row is. A million ids take about 150 MB."""
+        """id -> where its row is. A million ids take about 100 MB."""
         found: dict[str, Place] = {}
-        for path, table in self.columns(paths, ["id", "status"]):
+        for path, table in self.small_tables(paths, ["id", "status"]):
             good, bad = Place(path, True), Place(path, False)  # one object for all rows of a table
             ids, states = table["id"].to_pylist(), table["status"].to_pylist()
             found.update((id, good if status == OK else bad) for id, status in zip(ids, states, strict=True))
         return found
 
-    def without(self, version: Version, ids: Set[str]) -> tuple[Version, dict[str, str]]:
+    def without_works(self, version: Version, ids: Set[str]) -> tuple[Version, dict[str, str]]:
         """A version in which works have no row in images, captions and latents, for new rows to take their place.
 
         Tables are copied where they hold such a row, never changed. Also returns {images table: its copy}.
@@ -168,7 +168,7 @@ class Dataset:
 
     def _copies(self, paths: Iterable[str], ids: Set[str]) -> dict[str, str]:
         """{table that holds a row of `ids`: its copy without them, "" if no row is left}."""
-        holders = [path for path, table in self.columns(paths, ["id"]) if not ids.isdisjoint(table["id"].to_pylist())]
+        holders = [path for path, table in self.small_tables(paths, ["id"]) if not ids.isdisjoint(table["id"].to_pylist())]
         return {path: self._copy_without(path, ids) for path in holders}
 
     def _copy_without(self, path: str, ids: Set[str]) -> str:
