@@ -28,6 +28,10 @@ EVALUATION_PROMPTS = (
 )
 
 
+AIC_API = "https://api.artic.edu/api/v1"
+SHORT_OPTIONS = {"--refresh": "--collect.refresh=true", "--retry-failed": "--collect.retry_failed=true"}
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -35,14 +39,26 @@ class Section(BaseModel):
 class Source(Section):
     """Where the artworks are."""
 
-    kind: Literal["moma", "folder"] = "moma"
-    """`moma`: a collection file in MoMA's CSV schema; `folder`: a folder or gs:// prefix of pictures."""
+    kind: Literal["moma", "folder", "aic"] = "moma"
+    """`moma`: a collection file in MoMA's CSV schema; `folder`: a folder or gs:// prefix of pictures; `aic`: the public
+    domain works of the Art Institute of Chicago, through its API."""
     location: str = "http://127.0.0.1:8930/collection.csv"
-    """A URL or path of the collection file; or the folder or gs:// prefix."""
+    """A URL or path of the collection file; or the folder or gs:// prefix; for `aic` https://api.artic.edu/api/v1."""
     on_view_only: bool = True
-    """moma: only works on display now."""
+    """moma, aic: only works on display now."""
+    departments: tuple[str, ...] = ()
+    """Only works of these departments, as the source spells them, e.g. '["Drawings & Prints"]'; empty: of all."""
+    classifications: tuple[str, ...] = ()
+    """Only works of these classifications, e.g. '["Painting"]'; empty: of all."""
     limit: Positive | None = None
     """Stop after so many works."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _address_of_the_api(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("kind") == "aic":
+            return {"location": AIC_API, **values}
+        return values
 
 
 class Collect(Section):
@@ -60,11 +76,20 @@ class Collect(Section):
     """Download tasks at a time."""
     per_host: Positive = 4
     """Connections to one host at a time, over all tasks."""
+    requests_per_second: float = Field(default=10.0, gt=0)
+    """Requests to one host in a second, over all tasks. A longer Crawl-delay in its robots.txt holds instead."""
+    obey_robots: bool = True
+    """Leave alone what robots.txt or `X-Robots-Tag: noai` forbid. false: only for a site that is your own."""
     timeout_s: float = Field(default=30.0, gt=0)
     attempts: Positive = 4
     allow_private_addresses: bool = False
     """Fetch from loopback and private networks too (the miniature museum is there)."""
-    user_agent: str = "momalisa/0.1 (art collection research; see README)"
+    user_agent: str = Field(default="momalisa/0.1 (art collection research; see README)", pattern="^[A-Za-z_-]+")
+    """Name, version and a way to reach you. Its first word is the name that robots.txt may address."""
+    refresh: bool = False
+    """Ask again for the pictures of known works, and replace those that have changed. --refresh"""
+    retry_failed: bool = False
+    """Ask again for the works that were rejected, and for no others. --retry-failed"""
     max_bad_fraction: Fraction = 0.5
     """Fail when more of the works than this were rejected."""
     block_size: Positive = 64
@@ -307,6 +332,7 @@ def command_line(doc: str | None, module: str, arguments: list[str] | None = Non
     parser.add_argument("--config", required=True, metavar="YAML", help="the settings, for example configs/demo.yaml")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
     options, overrides = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
+    overrides = [SHORT_OPTIONS.get(option, option) for option in overrides]
     try:
         settings = from_file(options.config, overrides)
     except ConfigError as error:

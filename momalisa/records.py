@@ -9,12 +9,30 @@ A bad picture is a row whose `status` is not `ok` and whose `error` says why; la
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from enum import StrEnum
 from typing import Any
 
 import pyarrow as pa
 
 OK = "ok"
 REJECTED = "rejected"
+
+
+class Reason(StrEnum):
+    """What asking for a work's picture ended in: a row's `error` in one word, so that rejects can be counted."""
+
+    OK = "ok"
+    NOT_MODIFIED = "not_modified"  # asked again: the picture is what it was (never in a table)
+    NO_PICTURE = "no_picture"  # the source names none
+    REFUSED = "refused"  # an address that is not asked for: private, or not http(s)
+    DISALLOWED = "disallowed"  # by robots.txt, or by X-Robots-Tag
+    BLOCKED = "blocked"  # the host answers robots with a challenge page
+    NOT_FOUND = "not_found"
+    HTTP_ERROR = "http_error"
+    TIMEOUT = "timeout"
+    UNREACHABLE = "unreachable"
+    TOO_LARGE = "too_large"  # in bytes
+    NOT_A_PICTURE = "not_a_picture"  # or a damaged one
 
 
 @dataclass(frozen=True)
@@ -24,6 +42,7 @@ class Artwork:
     id: str  # stable: the source's own identifier where it has one
     status: str = OK
     error: str = ""
+    reason: str = ""  # a Reason, once its picture was asked for
     bytes: bytes = b""
     sha256: str = ""  # of the bytes as fetched, before hygiene
     width: int = 0

@@ -21,11 +21,11 @@ from __future__ import annotations
 import hashlib
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from momalisa.storage import READERS, Pointer, Store, canonical_json
 
@@ -39,6 +39,13 @@ ATTEMPTS = 30  # to move the pointer, when other runs move it too
 
 class Conflict(ValueError):
     """Another run published in between, and its change and ours do not go together."""
+
+
+class Place(NamedTuple):
+    """Where a work's row is, and whether it is usable."""
+
+    table: str
+    ok: bool
 
 
 @dataclass(frozen=True)
@@ -245,7 +252,7 @@ class Dataset:
         return {self.store.put_table(folder, table) for table in tables.values() if table.num_rows}
 
     @staticmethod
-    def without(table: pa.Table, ids: set[str]) -> pa.Table:
+    def without(table: pa.Table, ids: Set[str]) -> pa.Table:
         """The table without the rows of these ids."""
         return table.filter([id not in ids for id in table["id"].to_pylist()])
 
@@ -293,3 +300,50 @@ class Dataset:
 
         ordered = sorted(rows, key=lambda row: row["id"])
         return self.store.put_table(folder, pa.Table.from_pylist(ordered, schema=schema))
+
+    def small_tables(self, paths: Iterable[str], names: list[str]) -> Iterator[tuple[str, pa.Table]]:
+        """(path, some columns) of each table, in order of path: nothing else is fetched."""
+        with ThreadPoolExecutor(READERS) as pool:
+            yield from pool.map(lambda path: (path, self.store.get_columns(path, names)), sorted(paths))
+
+    def places(self, paths: Iterable[str]) -> dict[str, Place]:
+        """id -> where its row is. A million ids take about 100 MB."""
+        from momalisa.records import OK
+
+        found: dict[str, Place] = {}
+        for path, table in self.small_tables(paths, ["id", "status"]):
+            good, bad = Place(path, True), Place(path, False)  # one object for all rows of a table
+            ids, states = table["id"].to_pylist(), table["status"].to_pylist()
+            found.update((id, good if status == OK else bad) for id, status in zip(ids, states, strict=True))
+        return found
+
+    def without_works(self, version: Version, ids: Set[str]) -> tuple[Version, dict[str, str]]:
+        """A version in which works have no row in images, captions and latents, for new rows to take their place.
+
+        Tables are copied where they hold such a row, never changed. Also returns {images table: its copy}.
+        What a curator wrote stays, and so do duplicates, which are found anew.
+        """
+        if not ids:
+            return version, {}
+        tables = [version.images, *version.captions.values(), *version.latents.values()]
+        copies = self._copies({path for paths in tables for path in paths}, ids)
+
+        def swapped(paths: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(sorted({new for new in (copies.get(path, path) for path in paths) if new}))
+
+        changed = replace(
+            version,
+            images=swapped(version.images),
+            captions={key: swapped(paths) for key, paths in version.captions.items()},
+            latents={key: swapped(paths) for key, paths in version.latents.items()},
+        )
+        return changed, {old: copies[old] for old in version.images if copies.get(old)}
+
+    def _copies(self, paths: Iterable[str], ids: Set[str]) -> dict[str, str]:
+        """{table that holds a row of `ids`: its copy without them, "" if no row is left}."""
+        holders = [path for path, table in self.small_tables(paths, ["id"]) if not ids.isdisjoint(table["id"].to_pylist())]
+        return {path: self._copy_without(path, ids) for path in holders}
+
+    def _copy_without(self, path: str, ids: Set[str]) -> str:
+        kept = self.without(self.store.get_table(path), ids)
+        return self.store.put_table(path.rsplit("/", 1)[0], kept) if kept.num_rows else ""

@@ -127,3 +127,44 @@ def test_rows_come_in_the_order_of_tables_whatever_their_listing(dataset: Datase
 def test_a_row_without_a_field_is_refused(dataset: Dataset) -> None:
     with pytest.raises((pa.ArrowInvalid, ValueError)):
         dataset.put_rows("captions/blip", [{"id": "a", "short": None, "status": OK, "error": ""}], CAPTIONS)
+
+
+def texts(dataset: Dataset, paths: tuple[str, ...]) -> list[str]:
+    return [found["id"] for found in dataset.rows(paths)]
+
+
+def test_works_are_taken_out_of_every_family_by_copies(dataset: Dataset) -> None:
+    first, second = (dataset.put_rows("captions/blip", [row(name) for name in names], CAPTIONS) for names in ("abc", "de"))
+    captions = dataset.put_rows("captions/other", [row("a"), row("e")], CAPTIONS)
+    version = Version(
+        (first, second), ("duplicates/d",), {"blip": (first,), "other": (captions,)}, ("edits/e",), {"vae": (second,)}
+    )
+    before = version.as_json()
+    changed, copies = dataset.without_works(version, {"b", "d", "e", "unknown"})
+    assert texts(dataset, changed.images) == ["a", "c"]
+    assert {key: texts(dataset, paths) for key, paths in changed.captions.items()} == {"blip": ["a", "c"], "other": ["a"]}
+    assert changed.latents == {"vae": ()}
+    assert (changed.duplicates, changed.edits) == (version.duplicates, version.edits)
+    assert copies == {first: changed.images[0]}
+    assert version.as_json() == before
+    assert set(texts(dataset, (first, second))) == set("abcde")  # what was published stays readable
+
+
+def test_taking_out_nothing_or_what_is_not_there_changes_nothing(dataset: Dataset) -> None:
+    path = dataset.put_rows("images", [row("a")], CAPTIONS)
+    version, files = Version((path,)), dataset.store.list("")
+    assert dataset.without_works(version, set()) == dataset.without_works(version, {"b"}) == (version, {})
+    assert dataset.store.list("") == files
+
+
+def test_a_copy_is_the_table_that_its_rows_would_have_made(dataset: Dataset) -> None:
+    path = dataset.put_rows("images", [row("a"), row("b")], CAPTIONS)
+    changed, _ = dataset.without_works(Version((path,)), {"b"})
+    assert changed.images == (dataset.put_rows("images", [row("a")], CAPTIONS),)
+
+
+def test_where_works_are_and_whether_they_are_usable(dataset: Dataset) -> None:
+    one = dataset.put_rows("images", [row("a"), row("b", REJECTED)], CAPTIONS)
+    two = dataset.put_rows("images", [row("c")], CAPTIONS)
+    assert dataset.places([one, two]) == {"a": (one, True), "b": (one, False), "c": (two, True)}
+    assert dataset.places([]) == {}
