@@ -70,7 +70,7 @@ def finished(work: Artwork, fetched: Fetched, settings: Collect) -> Artwork:
         picture = clean(fetched.data, settings)
     except BadPicture as error:
         return replace(work, status=REJECTED, error=str(error), sha256=sha256)
-    return replace(work, status=OK, bytes=picture.bytes, sha256=sha256, width=picture.width, height=picture.height)
+    return replace(work, status=OK, sha256=sha256, **vars(picture))
 
 
 def read_file(address: str, max_bytes: int) -> Fetched:
