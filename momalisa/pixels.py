@@ -34,9 +34,12 @@ class BlipPixels:
     def of(cls, processor: Any, exact: bool = False) -> BlipPixels:
         """What a loaded BLIP picture processor does. Raises ValueError for one that does something else."""
         size = processor.size
-        wanted = (processor.do_resize, processor.do_rescale, processor.do_normalize, processor.resample == Image.Resampling.BICUBIC)
+        bicubic = processor.resample == Image.Resampling.BICUBIC
+        wanted = (processor.do_resize, processor.do_rescale, processor.do_normalize, bicubic)
         if size["height"] != size["width"] or not all(wanted) or abs(processor.rescale_factor * 255 - 1) > 1e-6:
-            raise ValueError(f"BLIP's pixels are squares, bicubic, rescaled and normalised; this processor does {processor.to_dict()}")
+            raise ValueError(
+                f"BLIP's pixels are bicubic squares, rescaled and normalised; the processor does {processor.to_dict()}"
+            )
         return cls(int(size["height"]), processor.image_mean, processor.image_std, exact)
 
     def __call__(self, data: bytes, out: Tensor | None = None) -> Tensor:

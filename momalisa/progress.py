@@ -1,9 +1,9 @@
 """How far a stage has come: a live bar where a person watches, a plain line now and then in a log.
 
-    with Progress("collect", total=124) as bar:
-        bar.update(done=40, rejected=3)
+with Progress("collect", total=124) as bar:
+    bar.update(done=40, rejected=3)
 
-    collect: 40/124 works, 3 rejected, 21.3/s, 4 s left
+collect: 40/124 works, 3 rejected, 21.3/s, 4 s left
 """
 
 from __future__ import annotations

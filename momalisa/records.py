@@ -46,12 +46,9 @@ class Artwork:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-IMAGES = pa.schema(
-    [
-        pa.field(field.name, {"bytes": pa.binary(), "builtins.bytes": pa.binary(), "str": pa.string(), "int": pa.int32()}[str(field.type)], nullable=False)
-        for field in fields(Artwork)
-    ]
-)
+ARROW = {"bytes": pa.binary(), "builtins.bytes": pa.binary(), "str": pa.string(), "int": pa.int32()}
+
+IMAGES = pa.schema([pa.field(field.name, ARROW[str(field.type)], nullable=False) for field in fields(Artwork)])
 
 DUPLICATES = pa.schema(
     [

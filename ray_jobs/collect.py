@@ -21,6 +21,7 @@ from ray_jobs._job import job
 
 def run(settings: Settings) -> dict[str, Any]:
     """Collect what is new, publish it, and return the stage's summary. Raises ValueError if too much was bad."""
+    from momalisa.collect import duplicates
     from momalisa.collect.sources import open_source
     from momalisa.dataset import Dataset
 
@@ -37,31 +38,36 @@ def run(settings: Settings) -> dict[str, Any]:
         paths.append(stored.path)
         errors.update(stored.errors)
     _judge(errors, len(new), chosen)
-    if new:
-        dataset.publish(dataset.latest().with_images(paths))
+    version = duplicates.collected(dataset, paths, chosen.duplicates)
+    if version != dataset.latest():
+        dataset.publish(version)
     ok = dataset.ids(dataset.latest().images, only_ok=True)
     ids = {work.id for work in listed}
     if not new:
         print(f"collect: nothing new ({len(ok)} works)", flush=True)
+    seconds = time.monotonic() - began
     return {
         "stage": "collect",
         "rows_in": len(ids),
         "rows_out": len(ids & ok),
         "rejected": len(ids - ok),
+        "duplicates": len(ids & duplicates.known(dataset, version).keys()),
         "new": len(new),
         "skipped": len(ids) - len(new),
         "not_on_view": source.not_on_view,
-        "seconds": time.monotonic() - began,
+        "seconds": seconds,
+        "rows_per_s": len(new) / seconds,
     }
 
 
 def _blocks(settings: Settings, works: list[Any]) -> Iterator[Any]:
-    """Store block by block in Ray tasks, a line each; yields what was `Stored`."""
+    """Store block by block in Ray tasks; yields what was `Stored`."""
     if not works:
         return
     import ray
 
     from momalisa.collect.block import store_block
+    from momalisa.progress import Progress
     from ray_jobs._cluster import connect
 
     connect()
@@ -71,16 +77,17 @@ def _blocks(settings: Settings, works: list[Any]) -> Iterator[Any]:
     task: Any = ray.remote(num_cpus=settings.ray_cpus_per_task)(store_block)
     running: list[Any] = []
     blocked: set[str] = set()
-    done, rejected, began = 0, 0, time.monotonic()
-    while waiting or running:
-        while waiting and len(running) < at_a_time:
-            running.append(task.remote(settings.dataset, waiting.pop(0), chosen, chosen.per_host // at_a_time, blocked))
-        finished, running = ray.wait(running, num_returns=1)
-        stored = ray.get(finished[0])
-        blocked = blocked | stored.blocked
-        done, rejected = done + stored.works, rejected + stored.errors.total()
-        print(f"collect: {done}/{len(works)} works, {rejected} rejected, {done / (time.monotonic() - began):.1f}/s", flush=True)
-        yield stored
+    done = rejected = 0
+    with Progress("collect", len(works)) as bar:
+        while waiting or running:
+            while waiting and len(running) < at_a_time:
+                running.append(task.remote(settings.dataset, waiting.pop(0), chosen, chosen.per_host // at_a_time, blocked))
+            finished, running = ray.wait(running, num_returns=1)
+            stored = ray.get(finished[0])
+            blocked = blocked | stored.blocked
+            done, rejected = done + stored.works, rejected + stored.errors.total()
+            bar.update(done, rejected)
+            yield stored
 
 
 def _judge(errors: Counter[str], total: int, chosen: Collect) -> None:
@@ -97,7 +104,9 @@ def main() -> None:
 
 
 def said(summary: dict[str, Any]) -> str:
-    counts = f"{summary['rows_out']} works, {summary['new']} new, {summary['rejected']} rejected"
+    counts = (
+        f"{summary['rows_out']} works, {summary['new']} new, {summary['rejected']} rejected, {summary['duplicates']} duplicates"
+    )
     return f"{counts}, {summary['not_on_view']} not on view, {summary['seconds']:.0f} s"
 
 

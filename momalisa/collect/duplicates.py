@@ -68,7 +68,7 @@ class Looks:
         hashes, thumbnails = table["phash"].to_pylist(), table["thumbnail"].to_pylist()
         for id, phash, thumbnail in zip(table["id"].to_pylist(), hashes, thumbnails, strict=True):
             if len(phash) != 16 or len(thumbnail) != THUMBNAIL_BYTES:
-                raise ValueError(f"{id} has no perceptual hash and thumbnail: was it collected by an earlier release? Collect again")
+                raise ValueError(f"{id} has no perceptual hash and thumbnail: an earlier release collected it; collect again")
         return cls(
             ids=table["id"].to_pylist(),
             sha256=np.array(table["sha256"].to_pylist(), np.str_),
