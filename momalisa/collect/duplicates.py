@@ -36,7 +36,7 @@ COPY_MAX = 28  # levels of 255 by which any place of a copy's thumbnail may diff
 COPY_MEAN = 3.5  # levels by which a copy's thumbnail may differ in the mean
 REPRODUCTION_ASPECT = 0.25
 REPRODUCTION_PX = 256  # the short side at least
-REPRODUCTION_TONES = 4.0  # bits of entropy of a thumbnail's colours, 16 levels a channel
+REPRODUCTION_TONES = 6.0  # bits of entropy of a thumbnail's colours
 REPRODUCTION_CORRELATION = 0.88
 COLUMNS = ("id", "sha256", "phash", "width", "height", "thumbnail")
 BLOCKS = 11  # RADIUS flipped bits spare 3 of 11 blocks of bits
@@ -238,9 +238,9 @@ def _correlation(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> np
 
 
 def tones(thumbnail: npt.NDArray[np.uint8]) -> float:
-    """How many bits name a place's colour, at 16 levels a channel: flat drawings 1 to 3.5, most paintings above 4."""
-    coarse = (thumbnail.reshape(-1, 3) >> 4).astype(np.int64)  # [256, 3]
-    share = np.unique(coarse @ np.array([256, 16, 1]), return_counts=True)[1] / len(coarse)
+    """How many bits name a place's colour, at 32 levels a channel: flat drawings up to 5.6, most paintings above 6.5."""
+    coarse = (thumbnail.reshape(-1, 3) >> 3).astype(np.int64)  # [256, 3]
+    share = np.unique(coarse @ np.array([1024, 32, 1]), return_counts=True)[1] / len(coarse)
     return float(-(share * np.log2(share)).sum())
 
 
