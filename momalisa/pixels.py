@@ -37,9 +37,7 @@ class BlipPixels:
         bicubic = processor.resample == Image.Resampling.BICUBIC
         wanted = (processor.do_resize, processor.do_rescale, processor.do_normalize, bicubic)
         if size["height"] != size["width"] or not all(wanted) or abs(processor.rescale_factor * 255 - 1) > 1e-6:
-            raise ValueError(
-                f"BLIP's are bicubic squares, rescaled and normalised; this one does {processor.to_dict()}"
-            )
+            raise ValueError(f"BLIP's are bicubic squares, rescaled and normalised; this one does {processor.to_dict()}")
         return cls(int(size["height"]), processor.image_mean, processor.image_std, exact)
 
     def __call__(self, data: bytes, out: Tensor | None = None) -> Tensor:

@@ -79,7 +79,7 @@ def test_copies_of_real_works_are_found() -> None:
             side_px, quality = changes[number % len(changes)]
             rows.append(row(f"{name} again", jpeg(picture, side_px, quality)))
     again = found(rows)
-    assert all({id, kept} == {name := id.removesuffix(" again"), f"{name} again"} for id, kept in again.items())
+    assert all(id.removesuffix(" again") == kept.removesuffix(" again") for id, kept in again.items())
     assert len(again) >= 0.99 * 112
 
 
