@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -56,10 +57,10 @@ class BlipPixels:
             picture.draft("RGB", (side, side))
         if picture.mode != "RGB":
             picture = picture.convert("RGB")
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]  # [1, 3, H, W] uint8, channels last
+        pixels = _channels_last(picture)
         if pixels.shape[-2:] != (side, side):
             pixels = functional.interpolate(pixels, (side, side), mode="bicubic", antialias=True, align_corners=False)
-        made = torch.mul(pixels[0], self._scale, out=out) if out is not None else pixels[0].contiguous() * self._scale
+        made = torch.mul(pixels[0, :3], self._scale, out=torch.empty(3, side, side) if out is None else out)
         return made.add_(self._shift)
 
     def batch(self, pictures: Sequence[bytes]) -> Tensor:
@@ -68,3 +69,16 @@ class BlipPixels:
         for data, place in zip(pictures, made, strict=True):
             self(data, out=place)
         return made
+
+
+def _channels_last(picture: Image.Image) -> Tensor:
+    """An RGB picture -> [1, 3 or 4, H, W] uint8 in channels_last, to be read only.
+
+    Pillow keeps RGB in four bytes a place, and lends them without a copy where they lie in one piece (up to 16 MiB).
+    """
+    picture.load()
+    try:
+        lent = torch.from_dlpack(pa.array(picture).flatten()).view(picture.height, picture.width, 4)
+    except ValueError:
+        lent = torch.from_numpy(np.array(picture))
+    return lent.permute(2, 0, 1)[None]

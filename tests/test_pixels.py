@@ -62,6 +62,20 @@ def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(size: tuple[int, int
     assert levels(made, expected(data))[0] < 4
 
 
+def test_a_picture_too_large_to_be_lent_is_the_same() -> None:
+    data = encoded(picture(2600, 1800), "PNG")  # 18 MB
+    assert levels(BlipPixels.of(PROCESSOR)(data), expected(data))[0] < 0.5
+
+
+def test_a_tensor_outlives_its_picture() -> None:
+    data = encoded(picture(384, 384), "PNG")
+    made = BlipPixels.of(PROCESSOR)(data)
+    kept = made.clone()
+    for _ in range(20):
+        BlipPixels.of(PROCESSOR)(encoded(Image.new("RGB", (384, 384)), "PNG"))
+    assert torch.equal(made, kept)
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
 def test_every_mode_becomes_rgb_as_it_does_there(mode: str) -> None:
     image = picture(500, 300).convert(mode)
