@@ -69,9 +69,15 @@ class Collect(Section):
     """Pictures are scaled down to this; 512x512 training wants no more."""
     max_pixels: Positive = 120_000_000
     """More in the file's header than this is a decompression bomb."""
+    min_side_px: Positive = 8
+    """A picture with a shorter side is a placeholder, not a work."""
     max_bytes: Positive = 50_000_000
     matte: str = Field(default="#ffffff", pattern="^#[0-9a-fA-F]{6}$")
     """What is put behind transparent pictures."""
+    animated: Literal["first_frame", "reject"] = "first_frame"
+    """Animations and files of several pages: take the first picture, or none."""
+    duplicates: Literal["drop", "keep"] = "drop"
+    """drop: a picture that the dataset has already, or has larger, is passed by from captioning on; its row stays."""
     tasks: Positive = 2
     """Download tasks at a time."""
     per_host: Positive = 4

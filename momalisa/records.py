@@ -8,6 +8,7 @@ A bad picture is a row whose `status` is not `ok` and whose `error` says why; la
 
 from __future__ import annotations
 
+import builtins
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
@@ -47,6 +48,8 @@ class Artwork:
     sha256: str = ""  # of the bytes as fetched, before hygiene
     width: int = 0
     height: int = 0
+    phash: str = ""  # 16 hex digits: see momalisa.collect.phash
+    thumbnail: builtins.bytes = b""  # 16x16 RGB, uint8, row-major: the whole picture squeezed to a square
     title: str = ""
     artist: str = ""
     date: str = ""
@@ -62,10 +65,17 @@ class Artwork:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-IMAGES = pa.schema(
+ARROW = {"bytes": pa.binary(), "builtins.bytes": pa.binary(), "str": pa.string(), "int": pa.int32()}
+
+IMAGES = pa.schema([pa.field(field.name, ARROW[str(field.type)], nullable=False) for field in fields(Artwork)])
+
+DUPLICATES = pa.schema(
     [
-        pa.field(field.name, {"bytes": pa.binary(), "str": pa.string(), "int": pa.int32()}[str(field.type)], nullable=False)
-        for field in fields(Artwork)
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("duplicate_of", pa.string(), nullable=False),  # the work that is kept
+        pa.field("kind", pa.string(), nullable=False),  # exact: the same file; near: the same work, seen again
+        pa.field("distance", pa.int32(), nullable=False),  # bits between the two perceptual hashes
+        pa.field("correlation", pa.float32(), nullable=False),  # of the two thumbnails, to four decimals
     ]
 )
 

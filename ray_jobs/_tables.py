@@ -13,10 +13,9 @@ from __future__ import annotations
 import io
 import json
 import logging
-import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +27,7 @@ from PIL import Image, UnidentifiedImageError
 
 from momalisa.config import Caption, Encode, Settings
 from momalisa.dataset import Dataset
+from momalisa.progress import Progress
 from momalisa.records import OK
 from momalisa.storage import Store, parquet_bytes
 
@@ -87,18 +87,19 @@ def open_picture(data: bytes) -> Image.Image:
 
 
 def open_parts(
-    dataset: Dataset, images: Iterable[str], done: set[str], texts: dict[str, str] | None
+    dataset: Dataset, images: Iterable[str], done: set[str], texts: dict[str, str] | None, exclude: Collection[str] = ()
 ) -> tuple[list[dict[str, str]], int]:
     """The parts still to do, and how many works there are in all.
 
-    A work counts if its picture is `ok` and, where `texts` are given, it has one; an id in two tables belongs to the first.
+    A work counts if its picture is `ok`, it is not to `exclude`, and, where `texts` are given, it has one; an id in two
+    tables belongs to the first.
     """
     parts: list[dict[str, str]] = []
     seen: set[str] = set()
     paths = sorted(images)
     for path, rows in zip(paths, dataset.columns(paths, ["id", "status"]), strict=True):
         ids = [row["id"] for row in rows if row["status"] == OK and (texts is None or row["id"] in texts)]
-        fresh = {id: texts[id] if texts else "" for id in ids if id not in seen}
+        fresh = {id: texts[id] if texts else "" for id in ids if id not in seen and id not in exclude}
         seen.update(fresh)
         wanted = {id: text for id, text in fresh.items() if id not in done}
         if wanted:
@@ -115,16 +116,21 @@ def fill(settings: Settings, family: Family, done_paths: tuple[str, ...], texts:
 
     began, dataset = time.monotonic(), Dataset(settings.dataset)
     counts, done = Counts(), set()
+    version = dataset.latest()
+    exclude = {row["id"] for row in dataset.rows(version.duplicates, ["id"])}
     for row in (row for rows in dataset.columns(done_paths, ["id", "status"]) for row in rows):
+        if row["id"] in exclude:
+            continue
         done.add(row["id"])
         counts.ok += row["status"] == OK
         counts.bad += row["status"] != OK
     before = counts.all
-    parts, total = open_parts(dataset, dataset.latest().images, done, texts)
+    parts, total = open_parts(dataset, version.images, done, texts, exclude)
     paths: list[str] = []
     if parts:
         connect()
         paths = _stream(settings, family, parts, counts, total)
+    seconds = time.monotonic() - began
     return {
         "stage": family.stage,
         "rows_in": total,
@@ -132,13 +138,15 @@ def fill(settings: Settings, family: Family, done_paths: tuple[str, ...], texts:
         "rejected": counts.bad,
         "new": counts.all - before,
         "skipped": before,
-        "seconds": time.monotonic() - began,
+        "duplicates": len(exclude),
+        "seconds": seconds,
+        "rows_per_s": (counts.all - before) / seconds,
         "paths": paths,
     }
 
 
 def _stream(settings: Settings, family: Family, parts: list[dict[str, str]], counts: Counts, total: int) -> list[str]:
-    """Run the parts through the pool, a line each; returns the tables' paths."""
+    """Run the parts through the pool; returns the tables' paths."""
     import ray
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
@@ -155,14 +163,14 @@ def _stream(settings: Settings, family: Family, parts: list[dict[str, str]], cou
         .map(model, fn_constructor_args=(family,), compute=ActorPoolStrategy(size=min(chosen.actors, len(parts))), **actor)
         .map(partial(_write, store=store, folder=family.folder), **transfer)
     )
-    paths, errors, began, before = [], [], time.monotonic(), counts.all
-    for row in stream.iter_rows():
-        paths.append(row["path"])
-        errors += json.loads(row["errors"])
-        counts.ok += row["ok"]
-        counts.bad += row["bad"]
-        speed = (counts.all - before) / (time.monotonic() - began)
-        print(f"{family.stage}: {counts.all}/{total} works, {counts.bad} failed, {speed:.1f}/s", flush=True)
+    paths, errors = [], []
+    with Progress(family.stage, total, done=counts.all, rejected="failed") as bar:
+        for row in stream.iter_rows():
+            paths.append(row["path"])
+            errors += json.loads(row["errors"])
+            counts.ok += row["ok"]
+            counts.bad += row["bad"]
+            bar.update(counts.all, counts.bad)
     if counts.bad > chosen.max_bad_fraction * counts.all:
         raise ValueError(
             f"{family.stage}: {counts.bad} of {counts.all} works failed, more than max_bad_fraction={chosen.max_bad_fraction:g}; "
@@ -172,11 +180,11 @@ def _stream(settings: Settings, family: Family, parts: list[dict[str, str]], cou
 
 
 def _quiet() -> None:
-    """Ray Data's bars only where a person watches; its logs only from warnings on."""
+    """No bars of Ray Data's beside ours; its logs only from warnings on."""
     from ray.data import DataContext
 
     context = DataContext.get_current()
-    context.enable_progress_bars = sys.stdout.isatty()
+    context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
 

@@ -24,14 +24,13 @@ from ray_jobs._job import job
 
 @dataclass
 class Tally:
-    """What the blocks came to so far, and the one place that prints it."""
+    """What the blocks came to so far."""
 
     works: int = 0
     ok: int = 0
     new: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
-    began: float = field(default_factory=time.monotonic)
 
     def add(self, stored: Any) -> None:
         self.works += stored.works
@@ -39,8 +38,6 @@ class Tally:
         self.ok += stored.figures.ok
         self.reasons.update(stored.figures.reasons)
         self.examples = {**stored.figures.examples, **self.examples}
-        speed = self.works / (time.monotonic() - self.began)
-        print(f"collect: {self.works} works, {self.works - self.ok} rejected, {speed:.1f}/s", flush=True)
 
     def resume(self, stored: Mapping[str, Any]) -> None:
         """Count what a killed run has stored."""
@@ -63,10 +60,12 @@ class Tally:
 
 def run(settings: Settings) -> dict[str, Any]:
     """Collect what is new, publish it, and return the stage's summary. Raises ValueError if too much was bad."""
+    from momalisa.collect import duplicates
     from momalisa.collect.plan import Plan
     from momalisa.collect.sources import open_source
     from momalisa.dataset import Dataset
     from momalisa.dataset.draft import Draft
+    from momalisa.progress import Progress
     from momalisa.weights import short_id
 
     began, dataset, chosen = time.monotonic(), Dataset(settings.dataset), settings.collect
@@ -76,29 +75,33 @@ def run(settings: Settings) -> dict[str, Any]:
     stored_before = dataset.places([entry.table for entry in done])
     source, plan, tally = open_source(chosen), Plan(known, chosen, stored_before), Tally()
     tally.resume(stored_before)
-    for stored in _blocks(settings, plan.blocks(source.works()), known):
-        tally.add(stored)
-        _remember(dataset, draft, done, stored)
+    with Progress("collect", None, done=tally.works) as bar:
+        for stored in _blocks(settings, plan.blocks(source.works()), known):
+            tally.add(stored)
+            _remember(dataset, draft, done, stored)
+            bar.update(tally.works, tally.works - tally.ok)
     if not plan.listed and not known:
         left_out = ", ".join(f"{count} are {why}" for why, count in source.left_out.items()) or "it is empty"
         raise ValueError(f"{chosen.source.location} lists no work to collect ({left_out})")
     tally.judge(chosen)
-    if done:
-        _publish(dataset, began_at, done)
-        draft.clear()
+    version = _publish(dataset, began_at, done, chosen)
+    draft.clear()
     ok = plan.passed_by_ok + tally.ok
     if not tally.new:
         print(f"collect: nothing new ({ok} works)", flush=True)
+    seconds = time.monotonic() - began
     return {
         "stage": "collect",
         "rows_in": plan.listed,
         "rows_out": ok,
         "rejected": plan.listed - ok,
+        "duplicates": len(duplicates.known(dataset, version)),
         "new": tally.new,
         "skipped": plan.passed_by,
         "not_on_view": source.left_out["not on view"],
         "reasons": dict(tally.reasons),
-        "seconds": time.monotonic() - began,
+        "seconds": seconds,
+        "rows_per_s": tally.works / seconds,
     }
 
 
@@ -148,18 +151,25 @@ def _remember(dataset: Any, draft: Any, done: list[Any], stored: Any) -> None:
         draft.add(done[-1])
 
 
-def _publish(dataset: Any, began_at: Any, done: list[Any]) -> None:
-    """Move `refs/latest` to a version with the new rows, without the rows that they replace."""
-    from momalisa.collect import validators
+def _publish(dataset: Any, began_at: Any, done: list[Any], chosen: Collect) -> Any:
+    """Move `refs/latest` to a version with the new rows, without the rows that they replace; returns it."""
+    from momalisa.collect import duplicates, validators
+    from momalisa.dataset import Conflict
 
     replaced = {id for entry in done for id in entry.replaced}
-    if not replaced:
-        dataset.add("images", [entry.table for entry in done], began_at)
-        return
+    tables = [entry.table for entry in done]
     version, copies = dataset.without_works(began_at, replaced)
     for old, new in copies.items():
         validators.add(dataset.store, new, validators.read(dataset.store, old))
-    dataset.publish(version.with_images([*version.images, *(entry.table for entry in done)]), expected=began_at)
+
+    def change(latest: Any) -> Any:
+        if replaced and latest != began_at:
+            raise Conflict(f"{dataset.store.root}: another run has published in the meantime; run again: what is stored is kept")
+        added = dataset.added(version if replaced else latest, "images", tables, began_at)
+        return duplicates.renewed(dataset, added, latest, chosen.duplicates)
+
+    dataset.update(change)
+    return dataset.latest()
 
 
 def main() -> None:
@@ -167,7 +177,9 @@ def main() -> None:
 
 
 def said(summary: dict[str, Any]) -> str:
-    counts = f"{summary['rows_out']} works, {summary['new']} new, {summary['rejected']} rejected"
+    counts = (
+        f"{summary['rows_out']} works, {summary['new']} new, {summary['rejected']} rejected, {summary['duplicates']} duplicates"
+    )
     return f"{counts}, {summary['not_on_view']} not on view, {summary['seconds']:.0f} s"
 
 

@@ -29,7 +29,7 @@ SCORES = {
 
 
 def stage(name: str, **more: Any) -> dict[str, Any]:
-    return {"stage": name, "rows_in": 5, "rows_out": 4, "rejected": 1, "new": 4, "seconds": 1.25, **more}
+    return {"stage": name, "rows_in": 5, "rows_out": 4, "rejected": 1, "new": 4, "seconds": 1.25, "rows_per_s": 3.2, **more}
 
 
 STAGES = [
@@ -65,7 +65,7 @@ def test_the_summary_has_the_figures(settings: Settings) -> None:
     assert Store(settings.root).read_json("summary.json") == figures
     assert figures["elapsed_s"] == 61.3
     assert figures["checkpoint"] == "checkpoints/demo-1/000000064"
-    assert figures["stages"][0] == {"stage": "collect", "rows_in": 5, "rows_out": 4, "rejected": 1, "new": 4, "seconds": 1.25}
+    assert figures["stages"][0] == stage("collect")
     assert set(figures) == {"name", "stages", "checkpoint", "elapsed_s", "report", *report.SCORES}
     assert (figures["mmd_best"], figures["mmd_collection"]) == (3.5, None)
 
@@ -88,7 +88,12 @@ def test_the_page_shows_stages_scores_and_pictures_inside_itself(settings: Setti
     assert page.count("data:image/png;base64,") == 3
     assert "No contact sheet" not in page
     assert all(source.startswith("data:") for source in re.findall(r"(?:src|href)=[\"']?([^\"' >]*)", page))
-    for text in ("61 seconds", "<td>collect<td class=n>5<td class=n>4<td class=n>1<td class=n>1.2", "-0.3 to -0.2", ">3.5<"):
+    for text in (
+        "61 seconds",
+        "<td>collect<td class=n>5<td class=n>4<td class=n>1<td class=n>1.2<td class=n>3.2<",
+        "-0.3 to -0.2",
+        ">3.5<",
+    ):
         assert text in page
     assert "the collection to more of itself" not in page  # not measured
 

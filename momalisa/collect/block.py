@@ -183,9 +183,7 @@ def finished(work: Artwork, fetched: Fetched, settings: Collect) -> Artwork:
         picture = clean(fetched.data, settings)
     except BadPicture as error:
         return replace(work, status=REJECTED, error=str(error), reason=Reason.NOT_A_PICTURE, sha256=sha256)
-    return replace(
-        work, status=OK, reason=Reason.OK, bytes=picture.bytes, sha256=sha256, width=picture.width, height=picture.height
-    )
+    return replace(work, status=OK, reason=Reason.OK, sha256=sha256, **vars(picture))
 
 
 def _read_all(addresses: Sequence[str], settings: Collect, then: Callable[[int, Fetched], None]) -> None:

@@ -230,13 +230,15 @@ class Dataset:
         Works that another run has added to the family since then: their captions or latents are left to it; two
         collections of the same works are a Conflict.
         """
+        return self.update(lambda latest: self.added(latest, folder, paths, began, instead_of))
+
+    def added(
+        self, latest: Version, folder: str, paths: Iterable[str], began: Version, instead_of: Iterable[str] = ()
+    ) -> Version:
+        """What `add` makes of the latest version; nothing is published."""
         ours = set(paths)
-
-        def change(latest: Version) -> Version:
-            theirs = set(latest.families().get(folder, ())) - set(began.families().get(folder, ())) - ours
-            return latest.with_tables(folder, self._apart(folder, ours, theirs), instead_of)
-
-        return self.update(change)
+        theirs = set(latest.families().get(folder, ())) - set(began.families().get(folder, ())) - ours
+        return latest.with_tables(folder, self._apart(folder, ours, theirs), instead_of)
 
     def _apart(self, folder: str, ours: set[str], theirs: set[str]) -> set[str]:
         """Our tables without the works that are in theirs."""

@@ -32,8 +32,9 @@ def test_pictures_are_captioned_once_whatever_the_pool(
 ) -> None:
     collected = collection.latest()
     summary = caption.run(settings)
-    assert summary | {"seconds": 0} == {
-        "stage": "caption", "rows_in": 8, "rows_out": 7, "rejected": 1, "new": 8, "skipped": 0, "seconds": 0,
+    assert summary | {"seconds": 0, "rows_per_s": 0} == {
+        "stage": "caption", "rows_in": 8, "rows_out": 7, "rejected": 1, "new": 8, "skipped": 0,
+        "duplicates": 0, "seconds": 0, "rows_per_s": 0,
     }  # fmt: skip
     assert "caption: 8/8 works, 1 failed" in capsys.readouterr().out
 

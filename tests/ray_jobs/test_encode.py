@@ -38,8 +38,9 @@ def test_captioned_pictures_are_encoded_once_whatever_the_pool(
 ) -> None:
     before = captioned.latest()
     summary = encode.run(settings)
-    assert summary | {"seconds": 0} == {
-        "stage": "encode", "rows_in": 6, "rows_out": 6, "rejected": 0, "new": 6, "skipped": 0, "seconds": 0,
+    assert summary | {"seconds": 0, "rows_per_s": 0} == {
+        "stage": "encode", "rows_in": 6, "rows_out": 6, "rejected": 0, "new": 6, "skipped": 0,
+        "duplicates": 0, "seconds": 0, "rows_per_s": 0,
     }  # fmt: skip
     published = captioned.latest()
     name = encoder_id(settings, captioner_id(settings.caption))
