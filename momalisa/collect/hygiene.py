@@ -192,9 +192,10 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """Apply an embedded ICC profile (None: CIELAB's own); one that is broken or meant for another mode is passed by."""
     try:
-        return _transform(profile, image.mode).apply(image)
+        converted: Image.Image = _transform(profile, image.mode).apply(image)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return image
+    return converted
 
 
 @lru_cache(maxsize=16)  # a museum's pictures share a few profiles, and a transform takes longer to build than to apply
