@@ -19,6 +19,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.dlpack import from_dlpack
 
 
 class BlipPixels:
@@ -78,7 +79,7 @@ def _channels_last(picture: Image.Image) -> Tensor:
     """
     picture.load()
     try:
-        lent = torch.utils.dlpack.from_dlpack(pa.array(picture).flatten()).view(picture.height, picture.width, 4)
+        lent = from_dlpack(pa.array(picture).flatten()).view(picture.height, picture.width, 4)
     except ValueError:
         lent = torch.from_numpy(np.array(picture))
     return lent.permute(2, 0, 1)[None]

@@ -234,8 +234,8 @@ def _correlation(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> np
     covariance = n * (a * b).sum(1) - a.sum(1) * b.sum(1)
     variances = (n * (a * a).sum(1) - a.sum(1) ** 2) * (n * (b * b).sum(1) - b.sum(1) ** 2)
     root = np.sqrt(variances)
-    correlation: npt.NDArray[np.float64] = np.divide(covariance, root, out=np.zeros_like(root), where=root > 0)
-    return correlation
+    found: npt.NDArray[np.float64] = np.divide(covariance, root, out=np.zeros_like(root), where=root > 0)
+    return found
 
 
 def tones(thumbnail: npt.NDArray[np.uint8]) -> float:

@@ -193,9 +193,9 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """Apply an embedded ICC profile (None: CIELAB's own); one that is broken or meant for another mode is passed by."""
     try:
         converted: Image.Image = _transform(profile, image.mode).apply(image)
-        return converted
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return image
+    return converted
 
 
 @lru_cache(maxsize=16)  # a museum's pictures share a few profiles, and a transform takes longer to build than to apply

@@ -47,5 +47,5 @@ def _cosines() -> npt.NDArray[np.int64]:
     """The eight slowest cosines over 32 places, [8, 32]."""
     place, frequency = np.arange(GREY_PX), np.arange(FREQUENCIES)[:, None]
     waves = np.cos(np.pi * (2 * place + 1) * frequency / (2 * GREY_PX))
-    fixed: npt.NDArray[np.int64] = np.rint(waves * FIXED_POINT).astype(np.int64)
-    return fixed
+    whole: npt.NDArray[np.int64] = np.rint(waves * FIXED_POINT).astype(np.int64)
+    return whole
