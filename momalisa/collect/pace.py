@@ -13,6 +13,8 @@ import math
 import time
 from dataclasses import dataclass
 
+CLOCK_S = 1e-6  # floats hold the time since the epoch to a quarter of this: what is nearer to a turn is at that turn
+
 
 @dataclass(frozen=True)
 class Share:
@@ -31,8 +33,7 @@ class Share:
     def next_turn(self, after: float, interval_s: float) -> float:
         """The first moment later than `after` at which this worker may ask (seconds since the epoch)."""
         cycle, first = self.of * interval_s, self.index * interval_s
-        turn = first + (math.floor((after - first) / cycle) + 1) * cycle
-        return turn if turn > after else turn + cycle
+        return first + (math.floor((after + CLOCK_S - first) / cycle) + 1) * cycle
 
 
 class Pace:
