@@ -264,13 +264,17 @@ class Dataset:
             table = self.store.get_table(path) if columns is None else self.store.get_columns(path, columns)
             yield from table.to_pylist()
 
-    def columns(self, paths: Iterable[str], names: list[str] | None = None) -> list[list[dict[str, Any]]]:
-        """The rows of each table, in order of path, some columns only (None: all but pictures and moments).
+    def tables(self, paths: Iterable[str], names: list[str] | None = None) -> list[pa.Table]:
+        """Some columns of each table (None: all but pictures and moments), in order of path.
 
         Nothing else is fetched; tables are read side by side.
         """
         with ThreadPoolExecutor(READERS) as pool:
-            return list(pool.map(lambda path: self.store.get_columns(path, names).to_pylist(), sorted(paths)))
+            return list(pool.map(lambda path: self.store.get_columns(path, names), sorted(paths)))
+
+    def columns(self, paths: Iterable[str], names: list[str] | None = None) -> list[list[dict[str, Any]]]:
+        """The rows of `tables`."""
+        return [table.to_pylist() for table in self.tables(paths, names)]
 
     def ids(self, paths: Iterable[str], only_ok: bool = False) -> set[str]:
         """The ids in some tables; `only_ok`: of rows without an error."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from momalisa.dataset import Dataset, Version
 
 
@@ -32,23 +35,38 @@ def difference(dataset: Dataset, before: Version, after: Version) -> dict[str, C
 
 
 def _changes(dataset: Dataset, before: tuple[str, ...], after: tuple[str, ...]) -> Changes:
-    old, new = _rows(dataset, set(before) - set(after)), _rows(dataset, set(after) - set(before))
-    both = sorted(old.keys() & new.keys())
+    old, new = _table(dataset, set(before) - set(after)), _table(dataset, set(after) - set(before))
+    place = pc.index_in(new["id"], value_set=old["id"].combine_chunks())
+    gone = pc.invert(pc.is_in(old["id"], value_set=new["id"].combine_chunks()))
     return Changes(
-        added=sorted(new.keys() - old.keys()),
-        removed=sorted(old.keys() - new.keys()),
-        changed={id: columns for id in both if (columns := _columns(old[id], new[id]))},
+        added=sorted(new["id"].filter(place.is_null()).to_pylist()),
+        removed=sorted(old["id"].filter(gone).to_pylist()),
+        changed=_changed(old.take(place.drop_null()), new.filter(place.is_valid())),
     )
 
 
-def _rows(dataset: Dataset, paths: set[str]) -> dict[str, dict[str, Any]]:
-    return {row["id"]: row for rows in dataset.columns(paths) for row in rows}
+def _table(dataset: Dataset, paths: set[str]) -> pa.Table:
+    """The rows of some tables, without pictures; where there is no table, no row."""
+    empty = pa.table({"id": pa.array([], pa.string())})
+    return pa.concat_tables([empty, *dataset.tables(paths)], promote_options="default")
 
 
-def _columns(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[Any]]:
-    if old == new:
-        return {}
-    return {name: [old.get(name), new.get(name)] for name in {**old, **new} if old.get(name) != new.get(name)}
+def _changed(old: pa.Table, new: pa.Table) -> dict[str, dict[str, list[Any]]]:
+    """{id: {column: [before, after]}} of two tables with the same ids in the same order."""
+    ids, changed = new["id"].to_pylist(), dict[str, dict[str, list[Any]]]()
+    for name in dict.fromkeys([*old.column_names, *new.column_names]):
+        if name in old.column_names and name in new.column_names and old[name].equals(new[name]):
+            continue
+        pairs = zip(ids, _values(old, name), _values(new, name), strict=True)
+        for id, before, after in pairs:
+            if before != after:
+                changed.setdefault(id, {})[name] = [before, after]
+    return dict(sorted(changed.items()))
+
+
+def _values(table: pa.Table, name: str) -> list[Any]:
+    values: list[Any] = table[name].to_pylist() if name in table.column_names else [None] * table.num_rows
+    return values
 
 
 def as_json(found: dict[str, Changes]) -> dict[str, Any]:
