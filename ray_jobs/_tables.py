@@ -2,10 +2,10 @@
 
 The unit is a part: the works of one images table that still lack a row. It travels as bytes,
 
-    read (a task) -> model (an actor) -> write (a task)
+    read (a task) -> decode (a task on a CPU) -> model (an actor) -> write (a task)
 
-so the next tables are fetched and the last ones stored while the model works. A part's batches and its table are the
-same whichever actor takes it, hence a version's hash does not depend on the number of actors.
+so the next tables are fetched and decoded and the last ones stored while the model works. A part's batches and its
+table are the same whichever process takes it, hence a version's hash does not depend on the number of actors.
 """
 
 from __future__ import annotations
@@ -15,77 +15,38 @@ import json
 import logging
 import sys
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import fsspec
-import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, UnidentifiedImageError
 
-from momalisa.config import Caption, Encode, Settings
+from momalisa import family as families
+from momalisa.config import Settings
 from momalisa.dataset import Dataset
+from momalisa.family import Family
 from momalisa.records import OK
-from momalisa.storage import Store, parquet_bytes
+from momalisa.storage import Store
 
-ERROR = "error"
 READERS = 16  # threads that read tables' small columns
 TRANSFERS = 4  # read and write tasks at a time; they wait for the network, so they reserve no CPU
 
 
-class Model(ABC):
-    """What an actor holds: a model that turns pictures into rows of a family."""
-
-    @abstractmethod
-    def prepare(self, data: bytes) -> Any:
-        """A picture's bytes -> a tensor; called in threads. Any exception makes this work a row with an error."""
-
-    @abstractmethod
-    def rows(self, ids: list[str], texts: list[str], prepared: list[Any]) -> list[dict[str, Any]]:
-        """One batch -> one row each, in order."""
-
-    @abstractmethod
-    def failed(self, id: str, text: str, error: str) -> dict[str, Any]:
-        """The row of a work that came to nothing."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """A column family to fill: its stage, settings, folder, schema, and how an actor makes its model."""
-
-    stage: str
-    settings: Caption | Encode
-    folder: str
-    schema: pa.Schema
-    load: Callable[[str], Model]  # a device -> a model
-
-    @property
-    def device(self) -> str:
-        return "cuda" if self.settings.gpus_per_actor else "cpu"
-
-
 @dataclass
 class Counts:
-    """Rows of a family."""
+    """Rows of a family, and the seconds that decoding tasks and models were busy with new ones."""
 
     ok: int = 0
     bad: int = 0
+    decode_s: float = 0.0
+    model_s: float = 0.0
 
     @property
     def all(self) -> int:
         return self.ok + self.bad
-
-
-def open_picture(data: bytes) -> Image.Image:
-    """Bytes -> a picture. Errors carry no memory address, so the same bad picture gives the same row."""
-    try:
-        return Image.open(io.BytesIO(data))
-    except UnidentifiedImageError:
-        raise ValueError(f"{len(data)} bytes that are no picture in a known format") from None
 
 
 def columns(store: Store, paths: Iterable[str], names: list[str]) -> list[list[dict[str, Any]]]:
@@ -134,21 +95,42 @@ def fill(settings: Settings, family: Family, done_paths: tuple[str, ...], texts:
         counts.ok += row["status"] == OK
         counts.bad += row["status"] != OK
     before = counts.all
-    parts, total = open_parts(dataset.store, dataset.latest().images, done, texts)
+    tables, total = open_parts(dataset.store, dataset.latest().images, done, texts)
+    parts = [part for table in tables for part in families.split(table)]
     paths: list[str] = []
     if parts:
         connect()
         paths = _stream(settings, family, parts, counts, total)
+    new, seconds = counts.all - before, time.monotonic() - began
     return {
         "stage": family.stage,
         "rows_in": total,
         "rows_out": counts.ok,
         "rejected": counts.bad,
-        "new": counts.all - before,
+        "new": new,
         "skipped": before,
-        "seconds": time.monotonic() - began,
+        "seconds": seconds,
+        "pictures_per_s": {
+            "all": rate(new, seconds),
+            "one_decoder": rate(new, counts.decode_s),
+            "one_actor": rate(new, counts.model_s),
+        },
         "paths": paths,
     }
+
+
+def rate(count: int, seconds: float) -> float:
+    return count / seconds if count else 0.0
+
+
+def decoder_cpus(family: Family, parts: int, cpus: float) -> float:
+    """What a decoding task reserves of a cluster with so many CPUs.
+
+    Nothing where the actors leave less than it wants: it would wait for ever, so it shares their CPUs.
+    """
+    chosen = family.settings
+    left = cpus - min(chosen.actors, parts) * chosen.cpus_per_actor
+    return chosen.cpus_per_decoder if left >= chosen.cpus_per_decoder else 0.0
 
 
 def _stream(settings: Settings, family: Family, parts: list[dict[str, str]], counts: Counts, total: int) -> list[str]:
@@ -157,15 +139,19 @@ def _stream(settings: Settings, family: Family, parts: list[dict[str, str]], cou
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
     _quiet()
-    chosen, store = family.settings, Store(settings.dataset)
-    if chosen.gpus_per_actor > ray.cluster_resources().get("GPU", 0):
+    chosen, store, have = family.settings, Store(settings.dataset), ray.cluster_resources()
+    reserved = decoder_cpus(family, len(parts), have.get("CPU", 0))
+    if chosen.gpus_per_actor > have.get("GPU", 0):
         print(f"{family.stage}: waiting for a node with a GPU: each actor wants {chosen.gpus_per_actor:g}", flush=True)
+        reserved = chosen.cpus_per_decoder  # that node brings CPUs too
     transfer: dict[str, Any] = {"num_cpus": 0, "compute": TaskPoolStrategy(size=min(TRANSFERS, len(parts)))}
+    decoder: dict[str, Any] = {"num_cpus": reserved, "compute": TaskPoolStrategy(size=len(parts))} if reserved else transfer
     actor: dict[str, Any] = {"num_cpus": chosen.cpus_per_actor, "num_gpus": chosen.gpus_per_actor or None}
     model: Any = _Actor
     stream = (
         ray.data.from_items(parts, override_num_blocks=len(parts))
         .map(partial(_read, store=store), **transfer)
+        .map(partial(families.decode, squares=family.squares, columns=family.columns), **decoder)
         .map(model, fn_constructor_args=(family,), compute=ActorPoolStrategy(size=min(chosen.actors, len(parts))), **actor)
         .map(partial(_write, store=store, folder=family.folder), **transfer)
     )
@@ -175,6 +161,8 @@ def _stream(settings: Settings, family: Family, parts: list[dict[str, str]], cou
         errors += json.loads(row["errors"])
         counts.ok += row["ok"]
         counts.bad += row["bad"]
+        counts.decode_s += row["decode_s"]
+        counts.model_s += row["model_s"]
         speed = (counts.all - before) / (time.monotonic() - began)
         print(f"{family.stage}: {counts.all}/{total} works, {counts.bad} failed, {speed:.1f}/s", flush=True)
     if counts.bad > chosen.max_bad_fraction * counts.all:
@@ -200,8 +188,8 @@ def _read(part: dict[str, Any], store: Store) -> dict[str, Any]:
 
 
 def _write(part: dict[str, Any], store: Store, folder: str) -> dict[str, Any]:
-    path = store.put_table(folder, pq.read_table(io.BytesIO(part["data"])))
-    return {"path": path, "ok": part["ok"], "bad": part["bad"], "errors": part["errors"]}
+    path = store.put_table(folder, pq.read_table(io.BytesIO(part.pop("data"))))
+    return {"path": path, **part}
 
 
 class _Actor:
@@ -210,31 +198,8 @@ class _Actor:
     def __init__(self, family: Family) -> None:
         import torch
 
-        threads = max(1, int(family.settings.cpus_per_actor))
-        torch.set_num_threads(threads)
+        torch.set_num_threads(max(1, int(family.settings.cpus_per_actor)))
         self.family, self.model = family, family.load(family.device)
-        self.threads = ThreadPoolExecutor(threads)
 
     def __call__(self, part: dict[str, Any]) -> dict[str, Any]:
-        texts: dict[str, str] = json.loads(part["wanted"])
-        rows = sorted(self.rows(texts, part["data"]), key=lambda row: str(row["id"]))
-        bad = [f"{row['id']}: {row['error']}" for row in rows if row["status"] != OK]
-        table = pa.Table.from_pylist(rows, schema=self.family.schema)
-        return {"data": parquet_bytes(table), "ok": len(rows) - len(bad), "bad": len(bad), "errors": json.dumps(bad[:3])}
-
-    def rows(self, texts: dict[str, str], data: bytes) -> list[dict[str, Any]]:
-        """The rows of the wanted works of an images table; pictures are decoded in threads while the model works."""
-        works = pq.read_table(io.BytesIO(data), columns=["id", "bytes"], filters=[("id", "in", list(texts))]).to_pylist()
-        works = sorted(({work["id"]: work for work in works}).values(), key=lambda work: str(work["id"]))
-        futures = [(work["id"], self.threads.submit(self.model.prepare, work["bytes"])) for work in works]
-        rows, ids, prepared = [], [], []
-        for position, (id, future) in enumerate(futures, start=1):
-            if (error := future.exception()) is None:
-                ids.append(id)
-                prepared.append(future.result())
-            else:
-                rows.append(self.model.failed(id, texts[id], f"{type(error).__name__}: {error}"))
-            if ids and (len(ids) == self.family.settings.batch or position == len(futures)):
-                rows += self.model.rows(ids, [texts[id] for id in ids], prepared)
-                ids, prepared = [], []
-        return rows
+        return families.fill(part, self.family, self.model)
