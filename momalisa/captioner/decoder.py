@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from momalisa.captioner.attention import attend
+
 LOOK_EVERY = 4  # steps between two looks at which rows have ended on a GPU, which waits for each look; on a CPU: 1
 
 
@@ -157,10 +159,10 @@ class Layer:
         query, *new = F.linear(x, *self.said_qkv).view(rows, 3, self.heads, 1, -1).unbind(1)  # each [B, H, 1, d]
         for cache, value in zip(said, new, strict=True):
             cache.index_copy_(2, position, value)
-        attended = F.scaled_dot_product_attention(query, said[0], said[1], attn_mask=seen.expand(rows, 1, 1, -1))
+        attended = attend(query, said[0], said[1], seen)
         x = self.said_norm(x + self.said_out(attended.reshape(rows, -1)))
         query = self.image_query(x).view(rows, self.heads, 1, -1)
-        attended = F.scaled_dot_product_attention(query, image[0], image[1])
+        attended = attend(query, image[0], image[1])
         x = self.image_norm(x + self.image_out(attended.reshape(rows, -1)))
         fed: Tensor = self.norm(x + self.shrink(self.activation(self.grow(x))))
         return fed

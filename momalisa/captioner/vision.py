@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-CHUNK = 4  # pictures that pass through together on a CPU, so that their activations stay in its caches
+from momalisa.captioner.attention import attend
+
+CHUNK = 8  # pictures that pass through together on a CPU, so that their activations stay in its caches
 
 
 class VisionTower:
@@ -66,7 +67,7 @@ class Block:
         batch, tokens, width = x.shape
         qkv = self.qkv(self.norms[0](x)).view(batch, tokens, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, N, D / H]
-        attended = F.scaled_dot_product_attention(query, key, value)
+        attended = attend(query, key, value)
         x = x + self.out(attended.transpose(1, 2).reshape(batch, tokens, width))
         fed: Tensor = self.shrink(self.activation(self.grow(self.norms[1](x))))
         return x + fed

@@ -155,7 +155,7 @@ def test_an_actor_killed_amid_a_part_costs_no_row(
     collection.publish(dataclasses.replace(version, captions={}))
     monkeypatch.setattr(caption, "load", load)
     summary = caption.run(settings)
-    assert calls.stat().st_size > 5  # five batches, and what was done again
+    assert calls.stat().st_size >= 5  # four batches, and what was done again
     assert (summary["new"], summary["rows_out"]) == (undisturbed["new"], undisturbed["rows_out"]) == (8, 7)
     assert collection.latest() == version
 
