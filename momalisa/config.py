@@ -103,16 +103,25 @@ class Collect(Section):
 
 
 class Caption(Section):
-    """caption: pictures -> texts, by BLIP."""
+    """caption: pictures -> texts, by BLIP, and longer ones by Florence-2."""
 
     model: str = "Salesforce/blip-image-captioning-base"
     revision: str | None = None
     prefix: str = "A MOMA artwork of: "
     max_new_tokens: Positive = 40
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of both captioners: fp16 on a GPU; bf16 is the fastest on a CPU that has AMX."""
+    long_model: str | None = None
+    """A second captioner for detailed texts, such as florence-community/Florence-2-base; none by default."""
+    long_revision: str | None = None
+    long_prompt: Literal["<DETAILED_CAPTION>", "<MORE_DETAILED_CAPTION>"] = "<DETAILED_CAPTION>"
+    long_max_new_tokens: Positive = 128
     batch: Positive = 16
     actors: Positive = 1
     cpus_per_actor: float = Field(default=1, gt=0)
     gpus_per_actor: float = Field(default=0, ge=0)
+    cpus_per_decoder: float = Field(default=0.5, ge=0)
+    """What each task that decodes pictures reserves; nothing where the actors take every CPU that there is."""
     max_bad_fraction: Fraction = 0.05
 
 
@@ -123,6 +132,10 @@ class Encode(Section):
     actors: Positive = 1
     cpus_per_actor: float = Field(default=1, gt=0)
     gpus_per_actor: float = Field(default=0, ge=0)
+    cpus_per_decoder: float = Field(default=0.5, ge=0)
+    """What each task that decodes pictures reserves; nothing where the actors take every CPU that there is."""
+    caption: Literal["short", "long", "fused"] = "short"
+    """Which text of a work is trained on; `long` wants caption.long_model."""
     resolution_px: Positive = 512
     """Square pictures of this size: the short side is scaled to it and the centre kept."""
     max_bad_fraction: Fraction = 0.05
@@ -267,6 +280,12 @@ class Settings(BaseSettings):
     ) -> tuple[Any, ...]:
         return (init_settings,)
 
+    @model_validator(mode="after")
+    def _long_captions(self) -> Settings:
+        if self.encode.caption == "long" and self.caption.long_model is None:
+            raise ValueError("encode.caption=long needs caption.long_model; try florence-community/Florence-2-base, or fused")
+        return self
+
     @property
     def dataset(self) -> str:
         return f"{self.root.rstrip('/')}/dataset"
@@ -316,7 +335,8 @@ def _problem(origin: str, item: Any) -> str:
     if item["type"] == "extra_forbidden":
         return f"{origin}: {field} is not a setting; known ones here: {', '.join(_siblings(item['loc']))}"
     given = "" if isinstance(item["input"], dict) else f" (given: {item['input']!r})"
-    return f"{origin}: {field}: {item['msg'].removeprefix('Value error, ')}{given}"
+    where = f"{origin}: {field}" if field else origin  # a rule about several sections names them itself
+    return f"{where}: {item['msg'].removeprefix('Value error, ')}{given}"
 
 
 def _siblings(location: tuple[Any, ...]) -> list[str]:

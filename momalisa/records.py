@@ -82,7 +82,9 @@ DUPLICATES = pa.schema(
 CAPTIONS = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
-        pa.field("short", pa.string(), nullable=False),  # with its prefix: what the model is trained on
+        pa.field("short", pa.string(), nullable=False),  # each with its prefix; `encode.caption` says which is trained on
+        pa.field("long", pa.string(), nullable=False),  # empty without caption.long_model
+        pa.field("fused", pa.string(), nullable=False),  # short, then title, artist and medium, within CLIP's 75 tokens
         pa.field("status", pa.string(), nullable=False),
         pa.field("error", pa.string(), nullable=False),
     ]

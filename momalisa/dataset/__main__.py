@@ -145,7 +145,7 @@ def _chosen(settings: Settings, options: argparse.Namespace) -> tuple[Dataset, V
 def _configured(settings: Settings) -> str:
     from momalisa.captioner import captioner_id
 
-    return captioner_id(settings.caption)
+    return captioner_id(settings)
 
 
 def parser() -> argparse.ArgumentParser:

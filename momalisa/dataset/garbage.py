@@ -9,20 +9,21 @@ from concurrent.futures import ThreadPoolExecutor
 from momalisa.dataset import Dataset
 from momalisa.storage import READERS, File
 
-FOLDERS = ("images", "duplicates", "captions", "edits", "latents", "manifests", "refs")
+FOLDERS = ("images", "duplicates", "captions", "edits", "latents", "manifests", "drafts", "refs")
 GRACE_HOURS = 24.0
 
 
 def garbage(dataset: Dataset, grace_hours: float = GRACE_HOURS, delete: Sequence[str] = ()) -> dict[str, File]:
     """Files that may go: named by no published version but those to `delete`, and older than the grace.
 
-    The grace is for running jobs: their tables are named only when they are done. The manifests to delete go whatever
+    The grace is for running jobs: their tables are named only when they are done. What a draft names that was added to
+    within the grace stays too, whatever its age: a job may run for days. The manifests to delete go whatever
     their age. Raises ValueError for a name that is no published version, and for the latest.
     """
     doomed = chosen(dataset, delete)
-    kept = named(dataset, doomed)
     youngest = time.time() - grace_hours * 3600
     files = {path: file for folder in FOLDERS for path, file in dataset.store.files(folder).items()}
+    kept = named(dataset, doomed) | drafted(dataset, files, youngest)
     manifests = {f"manifests/{digest}.json" for digest in doomed}
     return {
         path: file
@@ -44,6 +45,17 @@ def named(dataset: Dataset, doomed: set[str]) -> set[str]:
     digests = [digest for digest in dataset.published() if digest not in doomed]
     tables = {path for digest in digests for path in dataset.read(digest).paths()}
     return tables | {f"manifests/{digest}.json" for digest in digests}
+
+
+def drafted(dataset: Dataset, files: dict[str, File], youngest: float) -> set[str]:
+    """The drafts of jobs that were at work since `youngest`, and the tables that they name."""
+    drafts: dict[str, list[str]] = {}
+    for path in files:
+        if path.startswith("drafts/"):
+            drafts.setdefault(path.rsplit("/", 1)[0], []).append(path)
+    alive = [path for paths in drafts.values() if any(files[path].modified >= youngest for path in paths) for path in paths]
+    with ThreadPoolExecutor(READERS) as pool:
+        return {*alive, *(str(entry["table"]) for entry in pool.map(dataset.store.read_json, alive))}
 
 
 def _pointer(path: str) -> bool:

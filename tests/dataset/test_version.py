@@ -30,7 +30,8 @@ def dataset(tmp_path: Path) -> Dataset:
 
 
 def row(work_id: str, status: str = OK) -> dict[str, Any]:
-    return {"id": work_id, "short": f"A MOMA artwork of: {work_id}", "status": status, "error": ""}
+    short = f"A MOMA artwork of: {work_id}"
+    return {"id": work_id, "short": short, "long": "", "fused": short, "status": status, "error": ""}
 
 
 def test_before_anything_is_published_there_is_an_empty_version(dataset: Dataset) -> None:
@@ -126,7 +127,7 @@ def test_rows_come_in_the_order_of_tables_whatever_their_listing(dataset: Datase
 
 def test_a_row_without_a_field_is_refused(dataset: Dataset) -> None:
     with pytest.raises((pa.ArrowInvalid, ValueError)):
-        dataset.put_rows("captions/blip", [{"id": "a", "short": None, "status": OK, "error": ""}], CAPTIONS)
+        dataset.put_rows("captions/blip", [{**row("a"), "short": None}], CAPTIONS)
 
 
 def texts(dataset: Dataset, paths: tuple[str, ...]) -> list[str]:

@@ -22,10 +22,13 @@ from ray_jobs import encode
 def captioned(settings: Settings, collection: Dataset) -> Dataset:
     """The collection with a caption for each picture but `w12` (an error) and `w21` (none yet)."""
     rows = [
-        {"id": id, "short": "" if id == "w12" else f"caption of {id}", "status": "error" if id == "w12" else "ok", "error": ""}
+        {
+            "id": id, "short": "" if id == "w12" else f"caption of {id}", "long": "", "fused": f"caption of {id}, by X",
+            "status": "error" if id == "w12" else "ok", "error": "",
+        }
         for id in ("w00", "w01", "w02", "w10", "w11", "w12", "w20")
-    ]
-    name = captioner_id(settings.caption)
+    ]  # fmt: skip
+    name = captioner_id(settings)
     path = collection.put_rows(f"captions/{name}", rows, CAPTIONS)
     collection.publish(collection.latest().with_captions(name, [path]))
     return collection
@@ -38,12 +41,15 @@ def test_captioned_pictures_are_encoded_once_whatever_the_pool(
 ) -> None:
     before = captioned.latest()
     summary = encode.run(settings)
+    speed = summary.pop("pictures_per_s")
+    assert 0 < summary["rows_per_s"] < speed["one_decoder"]
+    assert summary["rows_per_s"] < speed["one_actor"]
     assert summary | {"seconds": 0, "rows_per_s": 0} == {
         "stage": "encode", "rows_in": 6, "rows_out": 6, "rejected": 0, "new": 6, "skipped": 0,
         "duplicates": 0, "seconds": 0, "rows_per_s": 0,
     }  # fmt: skip
     published = captioned.latest()
-    name = encoder_id(settings, captioner_id(settings.caption))
+    name = encoder_id(settings, captioner_id(settings))
     rows = {row["id"]: row for row in captioned.rows(published.latents[name])}
     assert sorted(rows) == ["w00", "w01", "w02", "w10", "w11", "w20"]
 
@@ -120,7 +126,20 @@ def test_latents_that_are_not_finite_are_an_error(settings: Settings, monkeypatc
     moments = torch.zeros(2, 8, 8, 8, dtype=torch.float16)
     moments[0, 3, 4, 5] = float("nan")
     monkeypatch.setattr(Autoencoder, "encode", lambda self, pixels: moments)
-    first, second = model.rows(["x", "y"], ["one", "two"], [torch.zeros(3, 64, 64)] * 2)
+    works = [{"id": "x", "text": "one"}, {"id": "y", "text": "two"}]
+    first, second = model.rows(works, [np.zeros((2, 64, 64, 3), dtype=np.uint8)])
     assert (first["id"], first["status"], first["error"]) == ("x", "error", "its latents are not finite")
     assert (first["moments"], first["token_ids"]) == (b"", [])
     assert (second["id"], second["status"], len(second["moments"])) == ("y", "ok", 2 * 8 * 8 * 8)
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("ray_cluster")
+def test_fused_captions_are_trained_on_where_chosen(settings: Settings, captioned: Dataset) -> None:
+    fused = settings.model_copy(update={"encode": settings.encode.model_copy(update={"caption": "fused"})})
+    encode.run(fused)
+    known = captioned.latest().latents
+    assert list(known) == [encoder_id(fused, captioner_id(fused))]
+    assert encoder_id(settings, captioner_id(settings)) not in known
+    rows = list(captioned.rows(next(iter(known.values()))))
+    assert [row["caption"] for row in rows] == [f"caption of {row['id']}, by X" for row in rows]
