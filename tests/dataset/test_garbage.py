@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from momalisa.dataset import Dataset
+from momalisa.dataset.draft import Draft, Entry
 from momalisa.dataset.garbage import garbage, sweep
 from momalisa.records import IMAGES
 from tests.dataset.conftest import add, caption, work
@@ -103,3 +104,15 @@ def test_what_is_published_between_looking_and_sweeping_stays(dataset: Dataset) 
     dataset.update(lambda latest: latest.with_images([path]))
     sweep(dataset, found)
     assert dataset.ids(dataset.latest().images) == {"w0", "w1"}
+
+
+def test_what_a_draft_names_stays_while_its_job_is_at_work(dataset: Dataset) -> None:
+    draft = Draft(dataset.store, "collect", "0123")
+    tables = [dataset.put_rows("images", [work(number).row()], IMAGES) for number in range(2)]
+    draft.add(Entry(tables[0]))
+    age(dataset, 25)
+    assert set(tables) <= set(garbage(dataset))  # the job is dead
+    draft.add(Entry(tables[1]))
+    assert not garbage(dataset)  # it is at work, and has been for long
+    draft.clear()
+    assert set(garbage(dataset)) == set(tables)

@@ -153,7 +153,8 @@ class TestOnRay:
             settings = settings_for(tmp_path / "root", path, "moma")
             collect.run(settings)
             dataset = Dataset(settings.dataset)
-            texts = [{"id": f"moma-{number}", "short": "a", "status": OK, "error": ""} for number in range(8)]
+            nothing = {"long": "", "fused": "", "status": OK, "error": ""}
+            texts = [{"id": f"moma-{number}", "short": "a", **nothing} for number in range(8)]
             dataset.publish(dataset.latest().with_captions("blip", [dataset.put_rows("captions/blip", texts, CAPTIONS)]))
             before, refresh = dataset.latest(), settings_for(tmp_path / "root", path, "moma", refresh=True)
             busy.asked.clear()

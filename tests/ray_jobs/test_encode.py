@@ -79,7 +79,7 @@ def test_a_curators_words_take_the_captions_place_without_encoding_a_picture(
     settings: Settings, captioned: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode.run(settings)
-    name = encoder_id(settings, captioner_id(settings.caption))
+    name = encoder_id(settings, captioner_id(settings))
     before = captioned.latest()
     edits = {"w00": "A MOMA artwork of: a boat", "w21": "A MOMA artwork of: what no captioner described"}
     captioned.update(lambda latest: with_edits(captioned, latest, edits))
