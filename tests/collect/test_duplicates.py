@@ -193,6 +193,13 @@ def test_every_pair_within_the_radius_is_nominated_once(hashes: list[int], flips
     assert {(min(pair), max(pair)) for pair in pairs} == expected
 
 
+def test_flipped_bits_may_lie_as_far_apart_as_they_can() -> None:
+    flipped = sum(1 << bit for bit in range(0, 64, 8))
+    pairs = list(duplicates.near_hashes(np.array([0, flipped], np.uint64)))
+    assert [pair.tolist() for pair in pairs[0]] == [[0], [1]]
+    assert not list(duplicates.near_hashes(np.array([0, flipped | 2], np.uint64)))
+
+
 def test_nothing_and_one_have_no_duplicates() -> None:
     empty = pa.Table.from_pylist([row("a", scene())])
     assert duplicates.find(empty).num_rows == 0
