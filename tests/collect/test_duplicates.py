@@ -166,6 +166,13 @@ def test_colours_make_a_work_of_their_own() -> None:
     assert found([row("a", red), row("b", green)]) == {}
 
 
+def test_a_small_seal_in_another_colour_makes_another_work() -> None:
+    red, green = scene(size=(200, 200)), scene(size=(200, 200))
+    red.paste((200, 0, 0), (100, 100, 125, 125))
+    green.paste((0, 102, 0), (100, 100, 125, 125))
+    assert found([row("a", red), row("b", green)]) == {}
+
+
 @given(st.randoms(use_true_random=False))
 @settings(max_examples=10, deadline=None)
 def test_the_order_of_rows_does_not_matter(rng: random.Random) -> None:
