@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image
 from momalisa import config, report
 from momalisa.config import Settings
 from momalisa.dataset import Dataset
-from momalisa.records import IMAGES, REJECTED, Artwork
+from momalisa.records import DUPLICATES, IMAGES, REJECTED, Artwork
 from momalisa.storage import Store
 
 HOSTILE = "<script>alert('x')</script>\"&"
@@ -104,6 +105,15 @@ def test_a_run_without_pictures_or_rejections_says_so(tmp_path: Path) -> None:
     assert "10.0 minutes" in page
     assert "No contact sheet" in page
     assert "<p>None.</p>" in page
+
+
+def test_the_page_says_what_is_a_duplicate_of_what(settings: Settings) -> None:
+    dataset = Dataset(settings.dataset)
+    row = {"id": "good", "duplicate_of": f"other{HOSTILE}", "kind": "near", "distance": 3, "correlation": 0.97}
+    dataset.publish(replace(dataset.latest(), duplicates=(dataset.put_rows("duplicates", [row], DUPLICATES),)))
+    assert len(report.rejected(settings)) == 2
+    page = report.page(settings, STAGES, report.summary(settings, STAGES, 1.0))
+    assert "<td>good<td>A good one<td>near duplicate of other&lt;script&gt;" in page
 
 
 def test_many_rejections_are_cut() -> None:

@@ -172,6 +172,13 @@ def test_colours_make_a_work_of_their_own() -> None:
     assert found([row("a", red), row("b", green)]) == {}
 
 
+def test_a_small_seal_in_another_colour_makes_another_work() -> None:
+    red, green = scene(size=(200, 200)), scene(size=(200, 200))
+    red.paste((200, 0, 0), (100, 100, 125, 125))
+    green.paste((0, 102, 0), (100, 100, 125, 125))
+    assert found([row("a", red), row("b", green)]) == {}
+
+
 @given(st.randoms(use_true_random=False))
 @settings(max_examples=10, deadline=None)
 def test_the_order_of_rows_does_not_matter(rng: random.Random) -> None:
@@ -197,6 +204,13 @@ def test_every_pair_within_the_radius_is_nominated_once(hashes: list[int], flips
     }
     assert len(pairs) == len(expected)
     assert {(min(pair), max(pair)) for pair in pairs} == expected
+
+
+def test_flipped_bits_may_lie_as_far_apart_as_they_can() -> None:
+    flipped = sum(1 << bit for bit in range(0, 64, 8))
+    pairs = list(duplicates.near_hashes(np.array([0, flipped], np.uint64)))
+    assert [pair.tolist() for pair in pairs[0]] == [[0], [1]]
+    assert not list(duplicates.near_hashes(np.array([0, flipped | 2], np.uint64)))
 
 
 def test_nothing_and_one_have_no_duplicates() -> None:

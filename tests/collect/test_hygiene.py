@@ -249,6 +249,7 @@ def test_transparency_is_put_over_the_matte(matte: str) -> None:
     image.putalpha(0)
     expected = Image.new("RGB", image.size, matte)
     assert close(clean(encoded(image, "PNG"), Collect(matte=matte)), expected, 0.1)
+    assert close(clean(encoded(image.convert("LA"), "PNG"), Collect(matte=matte)), expected, 0.1)
     palette = Image.new("P", (20, 20), 0)
     palette.putpalette([255, 0, 0])
     picture = clean(encoded(palette, "PNG", transparency=0), Collect(matte=matte))
