@@ -113,7 +113,7 @@ class Decoder:
         """One token more for each of the first rows; an ended row gets padding."""
         token = self.logits(rows).argmax(dim=-1)
         ended = self.ended[:rows]
-        token = torch.where(ended, self.pad_id, token)
+        token = token.masked_fill(ended, self.pad_id)
         self.tokens[:rows].index_copy_(1, self.position, token[:, None])
         self.last[:rows] = token
         self.ended[:rows] = ended | (token == self.end_id)

@@ -91,8 +91,14 @@ def test_a_batch_filled_up_for_a_graph_says_the_same(
     expected = decoder(blip, vision)(states)
     monkeypatch.setattr(Decoder, "fit", lambda self, count: 1 << (count - 1).bit_length())
     filled = decoder(blip, vision, capacity=16)
-    filled.image.fill_(7.0)  # what an earlier batch left in the rows beyond this one
+    filled.image.normal_(generator=torch.Generator().manual_seed(0))  # what an earlier batch left in the rows beyond this one
     assert torch.equal(filled(states), expected)
+
+    filled.begin(states[:7], 8)
+    assert filled.ended[:8].tolist() == [False] * 7 + [True]  # what fills a batch up counts as ended
+    filled.keep(torch.tensor([1, 2, 5]), 4)
+    assert filled.ended[:4].tolist() == [False] * 3 + [True]
+    assert torch.equal(filled.image[:, :, 2], filled.image[:, :, 5])
 
 
 def test_a_caption_that_never_ends_is_cut(blip: Any, vision: VisionTower, pixels: torch.Tensor) -> None:
