@@ -12,7 +12,8 @@ import io
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
@@ -39,6 +40,7 @@ OK, NOT_MODIFIED = 200, 304
 AGAIN = {408, 425, 429, 500, 502, 503, 504}
 REDIRECTS = {301, 302, 303, 307, 308}
 GONE = {404, 410}
+Then = Callable[[int, Fetched], Awaitable[None]]
 CHALLENGE_SIGNS = (
     b"just a moment",
     b"cf-chl",
@@ -79,10 +81,19 @@ class Downloader:
     async def fetch_all(
         self, urls: Sequence[str], then: Callable[[int, Fetched], None], known: Sequence[Validators] | None = None
     ) -> None:
-        """Fetch every URL; `then(index, fetched)` is called in a thread as each one ends, in any order.
+        """Fetch every URL; `then(index, fetched)` is called in one other thread as each one ends, in any order.
 
         `known`: validators of what we have of each URL: what has not changed ends as `not_modified`, without bytes.
         """
+        # One thread: a task reserves one CPU, and more threads would only wait for each other.
+        with ThreadPoolExecutor(1) as thread:
+
+            async def used(index: int, fetched: Fetched) -> None:
+                await asyncio.get_running_loop().run_in_executor(thread, then, index, fetched)
+
+            await self._fetch_each(urls, used, known)
+
+    async def _fetch_each(self, urls: Sequence[str], then: Then, known: Sequence[Validators] | None) -> None:
         async with self._session() as session, asyncio.TaskGroup() as group:
             for index, url in enumerate(urls):
                 wanted = _Wanted(url, self.settings.max_bytes, known[index] if known else NOTHING_SAID, self.settings.obey_robots)
@@ -93,12 +104,10 @@ class Downloader:
         async with self._session() as session:
             return await self._fetch(session, _Wanted(url, max_bytes, obey_robots=False, file=file))
 
-    async def _one(
-        self, session: aiohttp.ClientSession, index: int, wanted: _Wanted, then: Callable[[int, Fetched], None]
-    ) -> None:
+    async def _one(self, session: aiohttp.ClientSession, index: int, wanted: _Wanted, then: Then) -> None:
         fetched = await self._fetch(session, wanted)
         try:
-            await asyncio.to_thread(then, index, fetched)
+            await then(index, fetched)
         finally:
             self._forget(fetched)
 
