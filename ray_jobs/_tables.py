@@ -153,13 +153,12 @@ def _stream(
         .map(partial(_read, store=store), **transfer)
         .map(partial(families.decode, squares=family.squares, columns=family.columns), **decoder)
         .map(model, fn_constructor_args=(family,), compute=ActorPoolStrategy(size=min(chosen.actors, len(parts))), **actor)
-        .map(partial(_write, store=store, folder=family.folder), **transfer)
+        .map(partial(_write, store=store, folder=family.folder, draft=draft), **transfer)
     )
     paths, errors = [], []
     with Progress(family.stage, total, done=counts.all, rejected="failed") as bar:
         for row in stream.iter_rows():
             paths.append(row["path"])
-            draft.add(Entry(row["path"]))
             errors += json.loads(row["errors"])
             counts.ok += row["ok"]
             counts.bad += row["bad"]
@@ -188,8 +187,10 @@ def _read(part: dict[str, Any], store: Store) -> dict[str, Any]:
     return {"wanted": part["wanted"], "data": store.read_bytes(part["table"])}
 
 
-def _write(part: dict[str, Any], store: Store, folder: str) -> dict[str, Any]:
+def _write(part: dict[str, Any], store: Store, folder: str, draft: Draft) -> dict[str, Any]:
+    """Store a table and remember it at once: the driver hears of it later, and may be gone by then."""
     path = store.put_table(folder, pq.read_table(io.BytesIO(part.pop("data"))))
+    draft.add(Entry(path))
     return {"path": path, **part}
 
 
