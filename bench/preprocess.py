@@ -123,8 +123,7 @@ def record(result: dict[str, Any], path: Path = RESULTS) -> None:
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     cells = [
         today,
-        f"preprocess, {result['of']}",
-        result["claim"],
+        f"{result['claim']} ({result['of']})",
         result["ours"],
         result["peer"],
         result["ratio"],

@@ -160,7 +160,7 @@ def main() -> None:
     figures = measure(options.works)
     if options.record:
         date = datetime.now(UTC).strftime("%Y-%m-%d")
-        cells = (date, "scale", *(str(figures[key]) for key in ("claim", "ours", "peer", "ratio", "hardware")))
+        cells = (date, *(str(figures[key]) for key in ("claim", "ours", "peer", "ratio", "hardware")))
         with open(HERE.parent / "RESULTS.md", "a", encoding="utf-8") as file:
             file.write(f"| {' | '.join(cells)} |\n")
     print(json.dumps(figures))
