@@ -8,6 +8,7 @@ changed in place but a `refs/` pointer.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import hashlib
 import io
 import json
@@ -60,6 +61,11 @@ class Store:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, target)
+
+    def delete(self, path: str) -> None:
+        """A file that is gone already is no error."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(self._full(path))
 
     def read_json(self, path: str) -> Any:
         return json.loads(self.read_bytes(path))

@@ -66,7 +66,9 @@ def fit(settings: Settings, planned: Plan) -> None:
         train_worker,
         train_loop_config={"settings": settings, "plan": planned},
         scaling_config=ScalingConfig(
-            num_workers=chosen.workers, use_gpu=chosen.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=(chosen.min_workers, chosen.workers) if chosen.min_workers else chosen.workers,
+            use_gpu=chosen.gpus_per_worker > 0,
+            resources_per_worker=resources,
         ),
         run_config=RunConfig(
             name=planned.name,
