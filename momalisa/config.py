@@ -127,7 +127,7 @@ class Train(Section):
     batch: Positive = 32
     """The global batch: whole cells, dealt to the workers as evenly as can be."""
     cell: Positive | None = None
-    """Works of one shape that stay together, whatever the number of workers (default: up to 4, as the batch divides)."""
+    """Works of one shape that stay together, whatever the number of workers (default: 1 to 4, by the batch)."""
     micro_batch: Positive | None = None
     """Most works in one pass through the UNet; a worker with more takes several passes to a step (default: one pass)."""
     workers: Positive = 2
@@ -165,7 +165,8 @@ class Train(Section):
 
     @property
     def cell_size(self) -> int:
-        return self.cell or next(size for size in (4, 3, 2, 1) if self.batch % size == 0)
+        """`cell`, or by default up to 4 that divide the batch into at least 4 cells."""
+        return self.cell or next((size for size in (4, 3, 2) if self.batch % size == 0 and self.batch >= 4 * size), 1)
 
     @model_validator(mode="after")
     def _divides(self) -> Train:

@@ -62,11 +62,12 @@ def fit(settings: Settings, planned: Plan) -> None:
     connect()
     chosen = settings.train
     resources = {"CPU": chosen.cpus_per_worker} | ({"GPU": chosen.gpus_per_worker} if chosen.gpus_per_worker else {})
+    workers: Any = (chosen.min_workers, chosen.workers) if chosen.min_workers else chosen.workers
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"settings": settings, "plan": planned},
         scaling_config=ScalingConfig(
-            num_workers=(chosen.min_workers, chosen.workers) if chosen.min_workers else chosen.workers,
+            num_workers=workers,
             use_gpu=chosen.gpus_per_worker > 0,
             resources_per_worker=resources,
         ),

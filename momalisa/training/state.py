@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from momalisa.training.ema import Ema
 
@@ -33,6 +34,13 @@ def tensors(parameters: dict[str, torch.nn.Parameter], ema: Ema, optimizer: torc
         for key, moment in optimizer.state[value].items():
             found[f"optimizer/{key}/{name}"] = moment
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in found.items()}
+
+
+def write(directory: Path, found: dict[str, torch.Tensor], progress: dict[str, Any]) -> None:
+    """Both files, into a directory of their own."""
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(found, directory / TENSORS)
+    (directory / PROGRESS).write_text(json.dumps(progress))
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from momalisa import checkpoint as checkpoints
 from momalisa.checkpoint import Checkpoint
 from momalisa.storage import Store
-from momalisa.training.state import PROGRESS, TENSORS
+from momalisa.training import state as trainer_state
 
 
 @dataclass(frozen=True)
@@ -73,9 +71,7 @@ class Writer:
         with tempfile.TemporaryDirectory(prefix="momalisa-") as scratch:
             weights, state = Path(scratch) / "weights", Path(scratch) / "state"
             checkpoints.save_weights(snapshot.unet, weights, snapshot.average, lora=snapshot.checkpoint.lora)
-            state.mkdir()
-            save_file(snapshot.state, state / TENSORS)
-            (state / PROGRESS).write_text(json.dumps(snapshot.progress))
+            trainer_state.write(state, snapshot.state, snapshot.progress)
             written = checkpoints.write(self.store, snapshot.checkpoint, weights, state)
         for old in checkpoints.read_all(self.store, written.run)[: -self.keep_states]:
             checkpoints.forget_state(self.store, old)
