@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from momalisa.config import Diffusion, Settings
 from momalisa.pretrained import pretrained
+from momalisa.square import Square
 from momalisa.weights import identity, locate, short_id
 
 PREPROCESSING = 1  # raise it when `to_pixels` or the stored form of moments changes
@@ -113,13 +113,17 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> Tensor:
 
 def to_pixels(picture: Image.Image, size_px: int) -> Tensor:
     """A picture -> [3, size, size] float32 in -1..1: the short side scaled (Lanczos, antialiased), the centre kept."""
-    width, height = picture.size
-    short = min(width, height)
-    left, top = (width - short) / 2, (height - short) / 2
-    square = picture.convert("RGB").resize(
-        (size_px, size_px), Image.Resampling.LANCZOS, box=(left, top, left + short, top + short)
-    )
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
+    return from_bytes(torch.from_numpy(square(size_px)(picture).copy())[None])[0]
+
+
+def square(size_px: int) -> Square:
+    """The part of a picture that is encoded."""
+    return Square(size_px, Image.Resampling.LANCZOS, keep="centre")
+
+
+def from_bytes(pixels: Tensor) -> Tensor:
+    """Pixels [B, S, S, 3] uint8 -> [B, 3, S, S] float32 in -1..1, in the same place."""
+    return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
 def to_pictures(pixels: Tensor) -> list[Image.Image]:
@@ -129,11 +133,12 @@ def to_pictures(pixels: Tensor) -> list[Image.Image]:
 
 
 def encoder_id(settings: Settings, captioner_id: str) -> str:
-    """Twelve hexadecimal digits: the encoders' weights, the tokenizer, resolution, preprocessing, and the captions' id."""
+    """Twelve hexadecimal digits: the encoders' weights, the tokenizer, resolution, preprocessing, the captions' id and kind."""
     diffusion = settings.diffusion
     where = Path(locate(diffusion.model))
     if where.is_dir():
         weights = tuple(identity(str(where / part)) for part in ("vae", "text_encoder", "tokenizer"))
     else:
         weights = (identity(diffusion.model, diffusion.revision),)
-    return short_id("encoder", PREPROCESSING, weights, diffusion.variant, settings.encode.resolution_px, captioner_id)
+    kind = () if settings.encode.caption == "short" else (settings.encode.caption,)
+    return short_id("encoder", PREPROCESSING, weights, diffusion.variant, settings.encode.resolution_px, captioner_id, *kind)

@@ -30,7 +30,8 @@ def summary(settings: Settings, stages: Sequence[dict[str, Any]], elapsed_s: flo
     """The figures of a whole run: stages (rows in, out, rejected, seconds), the scores, the time."""
     scores = stages[-1].get("scores", {})
     kept = {key: scores.get(key) for key in SCORES}
-    rows = [{key: stage.get(key) for key in ("stage", "rows_in", "rows_out", "rejected", "new", "seconds")} for stage in stages]
+    kept_of_stage = ("stage", "rows_in", "rows_out", "rejected", "duplicates", "new", "seconds", "rows_per_s")
+    rows = [{key: stage[key] for key in kept_of_stage if key in stage} for stage in stages]
     return {
         "name": settings.name,
         "stages": rows,
@@ -46,10 +47,13 @@ SCORES = ("heldout_loss_base", "heldout_loss_best", "heldout_loss_delta_ci95", "
 
 
 def rejected(settings: Settings) -> list[dict[str, str]]:
-    """Works that are a row with an error instead of a picture."""
+    """Works that are a row with an error instead of a picture, or whose picture is another work's again."""
     dataset = Dataset(settings.dataset)
-    rows = dataset.rows(dataset.latest().images, ["id", "title", "status", "error", "image_url"])
-    return [row for row in rows if row["status"] != OK]
+    version = dataset.latest()
+    again = {row["id"]: f"{row['kind']} duplicate of {row['duplicate_of']}" for row in dataset.rows(version.duplicates)}
+    rows = dataset.rows(version.images, ["id", "title", "status", "error", "image_url"])
+    found = [{**row, "error": row["error"] or again.get(row["id"], "")} for row in rows]
+    return [row for row in found if row["status"] != OK or row["id"] in again]
 
 
 def page(settings: Settings, stages: Sequence[dict[str, Any]], figures: dict[str, Any]) -> str:
@@ -114,13 +118,17 @@ def _cards(figures: dict[str, Any]) -> str:
 
 
 def _stages(stages: Sequence[dict[str, Any]]) -> str:
-    head = "<tr><th>stage<th class=n>in<th class=n>out<th class=n>rejected<th class=n>seconds</tr>"
+    head = "<tr><th>stage<th class=n>in<th class=n>out<th class=n>rejected<th class=n>seconds<th class=n>per second</tr>"
     rows = [
         f"<tr><td>{stage['stage']}<td class=n>{stage['rows_in']}<td class=n>{stage['rows_out']}"
-        f"<td class=n>{stage['rejected']}<td class=n>{stage['seconds']:.1f}</tr>"
+        f"<td class=n>{stage['rejected']}<td class=n>{stage['seconds']:.1f}<td class=n>{_rate(stage.get('rows_per_s'))}</tr>"
         for stage in stages
     ]
     return f"<table>{head}{''.join(rows)}</table>"
+
+
+def _rate(rows_per_s: float | None) -> str:
+    return f"{rows_per_s:.1f}" if rows_per_s else ""
 
 
 def _rejected(rows: Sequence[dict[str, str]]) -> str:

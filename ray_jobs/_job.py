@@ -27,3 +27,11 @@ def job(doc: str | None, name: str, run: Callable[[Settings], dict[str, Any]], s
         text = str(cause)
         sys.exit(text if text.startswith(f"{name}: ") else f"{name}: {text}")
     print(f"{name}: {said(summary)}", flush=True)
+
+
+def pace(done: dict[str, Any]) -> str:
+    """What a stage that fills tables did, and how fast."""
+    counts = f"{done['new']} new, {done['rejected']} failed, {done['seconds']:.0f} s"
+    per_s = done["pictures_per_s"]
+    speed = f"{done['rows_per_s']:.1f} pictures/s (one decoder {per_s['one_decoder']:.1f}, one actor {per_s['one_actor']:.1f})"
+    return f"{counts}, {speed}" if done["new"] else counts

@@ -1,6 +1,8 @@
 """collect: fetch the works of a museum or a folder that the dataset lacks, clean their pictures, publish a version.
 
     python -m ray_jobs.collect --config configs/demo.yaml [--collect.source.limit=50 ...]
+    python -m ray_jobs.collect --config configs/demo.yaml --retry-failed    # ask again for the works that were rejected
+    python -m ray_jobs.collect --config configs/demo.yaml --refresh         # ask again for all: what has changed is replaced
     ray job submit --runtime-env runtime_env.yaml -- python -m ray_jobs.collect --config configs/sd14.yaml
 
 The demo's museum opens with `python -m momalisa.miniature.wing`. Run the job again when the museum has hung new works:
@@ -12,84 +14,162 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from momalisa.config import Collect, Settings
 from ray_jobs._job import job
 
 
+@dataclass
+class Tally:
+    """What the blocks came to so far."""
+
+    works: int = 0
+    ok: int = 0
+    new: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def add(self, stored: Any) -> None:
+        self.works += stored.works
+        self.new += stored.new
+        self.ok += stored.figures.ok
+        self.reasons.update(stored.figures.reasons)
+        self.examples = {**stored.figures.examples, **self.examples}
+
+    def resume(self, stored: Mapping[str, Any]) -> None:
+        """Count what a killed run has stored."""
+        if stored:
+            self.works = self.new = len(stored)
+            self.ok = sum(place.ok for place in stored.values())
+            print(f"collect: going on after {len(stored)} works of a run that was interrupted", flush=True)
+
+    def judge(self, chosen: Collect) -> None:
+        """Raises ValueError above max_bad_fraction. Works asked for again were bad before: they are not judged."""
+        bad = self.works - self.ok
+        if bad > chosen.max_bad_fraction * self.works and not chosen.retry_failed:
+            common = [(reason, count) for reason, count in self.reasons.most_common() if reason in self.examples][:3]
+            reasons = "; ".join(f"{count} x {reason} ({self.examples[reason]})" for reason, count in common)
+            raise ValueError(
+                f"collect: {bad} of {self.works} works were rejected, more than max_bad_fraction={chosen.max_bad_fraction:g}; "
+                f"nothing was published. The most common reasons: {reasons}"
+            )
+
+
 def run(settings: Settings) -> dict[str, Any]:
     """Collect what is new, publish it, and return the stage's summary. Raises ValueError if too much was bad."""
+    from momalisa.collect import duplicates
+    from momalisa.collect.plan import Plan
     from momalisa.collect.sources import open_source
     from momalisa.dataset import Dataset
+    from momalisa.dataset.draft import Draft
+    from momalisa.progress import Progress
+    from momalisa.weights import short_id
 
     began, dataset, chosen = time.monotonic(), Dataset(settings.dataset), settings.collect
-    known = dataset.ids(dataset.latest().images)
-    source = open_source(chosen)
-    listed = list(source.works())
-    new = [work for work in listed if work.id not in known]
-    if not new and not known:
-        raise ValueError(f"{chosen.source.location} lists no work to collect ({source.not_on_view} are not on view)")
-    paths: list[str] = []
-    errors: Counter[str] = Counter()
-    for stored in _blocks(settings, new):
-        paths.append(stored.path)
-        errors.update(stored.errors)
-    _judge(errors, len(new), chosen)
-    if new:
-        dataset.publish(dataset.latest().with_images(paths))
-    ok = dataset.ids(dataset.latest().images, only_ok=True)
-    ids = {work.id for work in listed}
-    if not new:
-        print(f"collect: nothing new ({len(ok)} works)", flush=True)
+    began_at = dataset.latest()
+    known, draft = dataset.places(began_at.images), Draft(dataset.store, "collect", short_id(began_at.sha256, decisive(chosen)))
+    done = draft.entries()
+    stored_before = dataset.places([entry.table for entry in done])
+    source, plan, tally = open_source(chosen), Plan(known, chosen, stored_before), Tally()
+    tally.resume(stored_before)
+    with Progress("collect", None, done=tally.works) as bar:
+        for stored in _blocks(settings, plan.blocks(source.works()), known):
+            tally.add(stored)
+            _remember(dataset, draft, done, stored)
+            bar.update(tally.works, tally.works - tally.ok)
+    if not plan.listed and not known:
+        left_out = ", ".join(f"{count} are {why}" for why, count in source.left_out.items()) or "it is empty"
+        raise ValueError(f"{chosen.source.location} lists no work to collect ({left_out})")
+    tally.judge(chosen)
+    version = _publish(dataset, began_at, done, chosen)
+    draft.clear()
+    ok = plan.passed_by_ok + tally.ok
+    if not tally.new:
+        print(f"collect: nothing new ({ok} works)", flush=True)
+    seconds = time.monotonic() - began
     return {
         "stage": "collect",
-        "rows_in": len(ids),
-        "rows_out": len(ids & ok),
-        "rejected": len(ids - ok),
-        "new": len(new),
-        "skipped": len(ids) - len(new),
-        "not_on_view": source.not_on_view,
-        "seconds": time.monotonic() - began,
+        "rows_in": plan.listed,
+        "rows_out": ok,
+        "rejected": plan.listed - ok,
+        "duplicates": len(duplicates.known(dataset, version)),
+        "new": tally.new,
+        "skipped": plan.passed_by,
+        "not_on_view": source.left_out["not on view"],
+        "reasons": dict(tally.reasons),
+        "seconds": seconds,
+        "rows_per_s": tally.works / seconds,
     }
 
 
-def _blocks(settings: Settings, works: list[Any]) -> Iterator[Any]:
-    """Store block by block in Ray tasks, a line each; yields what was `Stored`."""
-    if not works:
+def _blocks(settings: Settings, blocks: Iterator[list[Any]], known: Any) -> Iterator[Any]:
+    """Store block by block in Ray tasks; yields what was `Stored`. Each task has its share of what a host may be asked."""
+    waiting = next(blocks, None)
+    if waiting is None:
         return
     import ray
 
-    from momalisa.collect.block import store_block
+    from momalisa.collect.block import origins, store_block
+    from momalisa.collect.hosts import HostBook
+    from momalisa.collect.pace import Share
     from ray_jobs._cluster import connect
 
     connect()
-    chosen, size = settings.collect, settings.collect.block_size
-    waiting = [works[start : start + size] for start in range(0, len(works), size)]
-    at_a_time = min(chosen.tasks, chosen.per_host)  # so that per_host holds over all tasks
+    chosen, book = settings.collect, HostBook()
+    free = Share.among(chosen.tasks, chosen.per_host)
     task: Any = ray.remote(num_cpus=settings.ray_cpus_per_task)(store_block)
-    running: list[Any] = []
-    blocked: set[str] = set()
-    done, rejected, began = 0, 0, time.monotonic()
+    running: dict[Any, tuple[Any, set[str]]] = {}
     while waiting or running:
-        while waiting and len(running) < at_a_time:
-            running.append(task.remote(settings.dataset, waiting.pop(0), chosen, chosen.per_host // at_a_time, blocked))
-        finished, running = ray.wait(running, num_returns=1)
+        while waiting and free and book.may_begin(asked := origins(waiting, chosen)):
+            share, tables = free.pop(0), {work.id: known[work.id].table for work in waiting if work.id in known}
+            running[task.remote(settings.dataset, waiting, chosen, share, book.begin(asked), tables)] = (share, asked)
+            waiting = next(blocks, None)
+        finished, _ = ray.wait(list(running), num_returns=1)
+        share, asked = running.pop(finished[0])
         stored = ray.get(finished[0])
-        blocked = blocked | stored.blocked
-        done, rejected = done + stored.works, rejected + stored.errors.total()
-        print(f"collect: {done}/{len(works)} works, {rejected} rejected, {done / (time.monotonic() - began):.1f}/s", flush=True)
+        book.finish(asked, stored.figures.hosts)
+        free.append(share)
         yield stored
 
 
-def _judge(errors: Counter[str], total: int, chosen: Collect) -> None:
-    if errors.total() > chosen.max_bad_fraction * total:
-        reasons = "; ".join(f"{count} x {error}" for error, count in errors.most_common(3))
-        raise ValueError(
-            f"collect: {errors.total()} of {total} works were rejected, more than max_bad_fraction={chosen.max_bad_fraction:g}; "
-            f"nothing was published. The most common reasons: {reasons}"
-        )
+def decisive(chosen: Collect) -> dict[str, Any]:
+    """The settings that decide what a block's table holds."""
+    return chosen.model_dump(mode="json", exclude={"tasks", "per_host", "max_bad_fraction", "timeout_s", "attempts"})
+
+
+def _remember(dataset: Any, draft: Any, done: list[Any], stored: Any) -> None:
+    from momalisa.collect import validators
+    from momalisa.dataset.draft import Entry
+
+    for table, said in stored.said_again.items():
+        validators.add(dataset.store, table, said)
+    if stored.path:
+        done.append(Entry(stored.path, tuple(stored.replaced)))
+        draft.add(done[-1])
+
+
+def _publish(dataset: Any, began_at: Any, done: list[Any], chosen: Collect) -> Any:
+    """Move `refs/latest` to a version with the new rows, without the rows that they replace; returns it."""
+    from momalisa.collect import duplicates, validators
+    from momalisa.dataset import Conflict
+
+    replaced = {id for entry in done for id in entry.replaced}
+    tables = [entry.table for entry in done]
+    version, copies = dataset.without_works(began_at, replaced)
+    for old, new in copies.items():
+        validators.add(dataset.store, new, validators.read(dataset.store, old))
+
+    def change(latest: Any) -> Any:
+        if replaced and latest != began_at:
+            raise Conflict(f"{dataset.store.root}: another run has published in the meantime; run again: what is stored is kept")
+        added = dataset.added(version if replaced else latest, "images", tables, began_at)
+        return duplicates.renewed(dataset, added, latest, chosen.duplicates)
+
+    dataset.update(change)
+    return dataset.latest()
 
 
 def main() -> None:
@@ -97,7 +177,9 @@ def main() -> None:
 
 
 def said(summary: dict[str, Any]) -> str:
-    counts = f"{summary['rows_out']} works, {summary['new']} new, {summary['rejected']} rejected"
+    counts = (
+        f"{summary['rows_out']} works, {summary['new']} new, {summary['rejected']} rejected, {summary['duplicates']} duplicates"
+    )
     return f"{counts}, {summary['not_on_view']} not on view, {summary['seconds']:.0f} s"
 
 

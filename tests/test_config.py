@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from momalisa.config import ConfigError, Settings, from_file
+from momalisa.config import ConfigError, Settings, command_line, from_file
 
 HOME = Path(__file__).parents[1]
 CONFIGS = sorted((HOME / "configs").glob("*.yaml"))
@@ -62,7 +62,7 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ("train: {precision: int8}", ["train.precision", "'fp32', 'bf16' or 'fp16'", "'int8'"]),
         ("train: {held_out_fraction: 1.0}", ["train.held_out_fraction", "less than 1"]),
         ("train: {learning_rate: -1}", ["train.learning_rate", "greater than 0"]),
-        ("collect: {source: {kind: louvre}}", ["collect.source.kind", "'moma' or 'folder'", "'louvre'"]),
+        ("collect: {source: {kind: louvre}}", ["collect.source.kind", "'moma', 'folder' or 'aic'", "'louvre'"]),
         ("name: Demo Run", ["name", "pattern", "'Demo Run'"]),
         ("train: {batch: 10, cell: 4}", ["train", "batch=10", "not a multiple of cell=4", "try 8 or 12"]),
         ("train: {batch: 8, cell: 4, workers: 3}", ["batch=8 makes 2 cells of 4", "workers=3", "try batch=12 or cell=2"]),
@@ -149,6 +149,15 @@ def test_overrides_beat_the_file(tmp_path: Path) -> None:
 def test_a_wrong_override_is_named(tmp_path: Path, override: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         from_file(written(tmp_path, ""), [override])
+
+
+def test_some_options_have_a_short_spelling() -> None:
+    config = str(HOME / "configs" / "demo.yaml")
+    made = command_line("", "ray_jobs.collect", ["--config", config, "--retry-failed", "--train.images=64"])
+    assert (made.collect.retry_failed, made.collect.refresh, made.train.images) == (True, False, 64)
+    assert command_line("", "ray_jobs.collect", ["--config", config, "--refresh"]).collect.refresh
+    choice = ['--collect.source.departments=["Film", "Drawings & Prints"]']
+    assert from_file(config, choice).collect.source.departments == ("Film", "Drawings & Prints")
 
 
 def test_settings_and_their_sections_are_frozen() -> None:

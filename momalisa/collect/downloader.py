@@ -1,37 +1,44 @@
-"""A polite downloader: few connections to a host, patience when asked for it, and no for an answer.
+"""A polite downloader: few connections and requests to a host, patience when asked for it, and no for an answer.
 
-Every URL ends as bytes or as an error; nothing raises. A host that answers with a challenge page for people has said
-no: all its URLs end as `blocked` at once. Private addresses are refused by the address that a name resolves to, on
-every redirect too, because a collection file is written by others.
+Every URL ends as a `Fetched`, bytes or a reason; nothing raises. Before the first request to a host its robots.txt is
+read. A host that answers with a challenge page for people has said no: all its URLs end as `blocked` at once. Private
+addresses are refused by the address that a name resolves to, on every redirect too.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
+import io
 import random
-import socket
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
+from typing import BinaryIO
 
 import aiohttp
-from aiohttp.abc import ResolveResult
 from yarl import URL
 
+from momalisa.collect.addresses import PublicResolver, is_private, private
+from momalisa.collect.fetched import NOTHING_SAID, Ended, Fetched, TryAgain, Validators
+from momalisa.collect.hosts import Hosts
 from momalisa.collect.hygiene import is_html
+from momalisa.collect.pace import Pace, Share
+from momalisa.collect.robots import ROBOTS_BYTES, RobotsFile, Rules, forbidden_by
 from momalisa.config import Collect
+from momalisa.records import Reason
 
 MAX_REDIRECTS = 5
 MAX_WAIT_S = 60.0  # a host that wants more patience than this gets its answer: an error
 FIRST_WAIT_S = 0.5  # doubled at each attempt
 PAGE_BYTES = 1 << 16  # of an error page, no more is read
 IN_FLIGHT = 16  # pictures in memory at a time
+OK, NOT_MODIFIED = 200, 304
 AGAIN = {408, 425, 429, 500, 502, 503, 504}
 REDIRECTS = {301, 302, 303, 307, 308}
+GONE = {404, 410}
 CHALLENGE_SIGNS = (
     b"just a moment",
     b"cf-chl",
@@ -44,88 +51,64 @@ CHALLENGE_SIGNS = (
 
 
 @dataclass(frozen=True)
-class Fetched:
-    """What became of a URL: its bytes, or an error that says why there are none."""
+class _Wanted:
+    """One URL, and how it is asked for."""
 
-    data: bytes = b""
-    error: str = ""
-
-
-class Refused(Exception):
-    """No bytes, and no sense in trying again."""
-
-
-class TryAgain(Exception):
-    """No bytes this time."""
-
-    def __init__(self, reason: str, wait_s: float = 0.0) -> None:
-        super().__init__(reason)
-        self.wait_s = wait_s  # what the host asked for
-
-
-def is_private(address: str) -> bool:
-    """Whether an IP address is not on the public internet."""
-    ip = ipaddress.ip_address(address.split("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        ip = ip.ipv4_mapped or ip.sixtofour or ip
-    return not ip.is_global or ip.is_multicast
-
-
-class _PublicResolver(aiohttp.ThreadedResolver):
-    """Names -> public addresses; the address that was judged is the one connected to."""
-
-    async def resolve(self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET) -> list[ResolveResult]:
-        found = await super().resolve(host, port, family)
-        public = [result for result in found if not is_private(result["host"])]
-        if found and not public:
-            raise Refused(_private_message(host, found[0]["host"]))
-        return public
-
-
-def _private_message(host: str, address: str) -> str:
-    return f"{host} is the private address {address}; collect.allow_private_addresses=true would fetch from it"
-
-
-@dataclass
-class _Host:
-    slots: asyncio.Semaphore
-    resume_at: float = 0.0  # time.monotonic() before which the host wants no request
+    url: str
+    max_bytes: int
+    known: Validators = NOTHING_SAID  # of what we have
+    obey_robots: bool = True
+    cut: bool = False  # of a longer body, the first `max_bytes` will do
+    file: BinaryIO | None = None  # where the body goes; None: into memory
 
 
 class Downloader:
     """Fetches URLs in one event loop.
 
-    `per_host` is this downloader's own share of the connections to a host; `blocked` are hosts that have said no, and
-    those that do so now are added to it; `max_bytes` stands in for the settings' own limit.
+    `share` is this downloader's part of the connections and requests that a host is asked for; `hosts` is what is known
+    about them before, and what this downloader learns is added to its own copy.
     """
 
-    def __init__(self, settings: Collect, per_host: int, blocked: Iterable[str] = (), max_bytes: int | None = None) -> None:
-        self.settings = settings
-        self.blocked = set(blocked)
-        self.max_bytes = max_bytes or settings.max_bytes
-        self._hosts: dict[str, _Host] = defaultdict(lambda: _Host(asyncio.Semaphore(per_host)))
+    def __init__(self, settings: Collect, share: Share | None = None, hosts: Hosts | None = None) -> None:
+        self.settings, self.hosts = settings, (hosts or Hosts()).copy()
+        share = share or Share(settings.per_host)
+        self._paces: dict[str, Pace] = defaultdict(lambda: Pace(share))
+        self._rules: dict[str, asyncio.Task[Rules]] = {}
+        self._memory = asyncio.Semaphore(IN_FLIGHT)
 
-    async def fetch_all(self, urls: Sequence[str], then: Callable[[int, Fetched], None]) -> None:
-        """Fetch every URL; `then(index, fetched)` is called in a thread as each one ends, in any order."""
-        in_flight = asyncio.Semaphore(IN_FLIGHT)
+    async def fetch_all(
+        self, urls: Sequence[str], then: Callable[[int, Fetched], None], known: Sequence[Validators] | None = None
+    ) -> None:
+        """Fetch every URL; `then(index, fetched)` is called in a thread as each one ends, in any order.
+
+        `known`: validators of what we have of each URL: what has not changed ends as `not_modified`, without bytes.
+        """
+        async with self._session() as session, asyncio.TaskGroup() as group:
+            for index, url in enumerate(urls):
+                wanted = _Wanted(url, self.settings.max_bytes, known[index] if known else NOTHING_SAID, self.settings.obey_robots)
+                group.create_task(self._one(session, index, wanted, then))
+
+    async def save(self, url: str, file: BinaryIO, max_bytes: int) -> Fetched:
+        """Fetch what the settings themselves name into a file: without a look at robots.txt, and never into memory."""
         async with self._session() as session:
+            return await self._fetch(session, _Wanted(url, max_bytes, obey_robots=False, file=file))
 
-            async def one(index: int, text: str) -> None:
-                host = self._hosts[_host_of(text)]
-                async with host.slots:
-                    await in_flight.acquire()  # until `then` is done with the bytes; the connection is free before that
-                    fetched = await self._fetch(session, text, host)
-                try:
-                    await asyncio.to_thread(then, index, fetched)
-                finally:
-                    in_flight.release()
+    async def _one(
+        self, session: aiohttp.ClientSession, index: int, wanted: _Wanted, then: Callable[[int, Fetched], None]
+    ) -> None:
+        fetched = await self._fetch(session, wanted)
+        try:
+            await asyncio.to_thread(then, index, fetched)
+        finally:
+            self._forget(fetched)
 
-            async with asyncio.TaskGroup() as group:
-                for index, text in enumerate(urls):
-                    group.create_task(one(index, text))
+    def _forget(self, fetched: Fetched) -> None:
+        """Its bytes are used: others may come into memory."""
+        if fetched.data:
+            self._memory.release()
 
     def _session(self) -> aiohttp.ClientSession:
-        resolver = aiohttp.ThreadedResolver() if self.settings.allow_private_addresses else _PublicResolver()
+        resolver = aiohttp.ThreadedResolver() if self.settings.allow_private_addresses else PublicResolver()
         return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(resolver=resolver, limit=0),
             headers={"User-Agent": self.settings.user_agent, "Accept-Encoding": "identity"},
@@ -133,97 +116,146 @@ class Downloader:
             cookie_jar=aiohttp.DummyCookieJar(),
         )
 
-    async def _fetch(self, session: aiohttp.ClientSession, text: str, host: _Host) -> Fetched:
+    async def _fetch(self, session: aiohttp.ClientSession, wanted: _Wanted) -> Fetched:
         """One URL with its retries."""
-        for attempt in range(1, self.settings.attempts + 1):
-            await asyncio.sleep(max(0.0, host.resume_at - time.monotonic()))
+        attempts = self.settings.attempts
+        for attempt in range(1, attempts + 1):
             try:
-                return Fetched(data=await self._follow(session, text))
-            except Refused as refused:
-                return Fetched(error=str(refused))
+                return await self._follow(session, wanted)
+            except Ended as end:
+                return Fetched(error=str(end), reason=end.reason, status=end.status)
             except TryAgain as again:
-                reason, asked_s = str(again), again.wait_s
-                if asked_s > MAX_WAIT_S:
-                    return Fetched(error=f"{reason}; the host asks to wait {asked_s:.0f} s")
-                host.resume_at = max(host.resume_at, time.monotonic() + asked_s)
-            if attempt < self.settings.attempts:
+                failed = Fetched(error=str(again), reason=again.reason, status=again.status)
+                if again.wait_s > MAX_WAIT_S:
+                    return replace(failed, error=f"{again}; the host asks to wait {again.wait_s:.0f} s")
+            if attempt < attempts:
                 await asyncio.sleep(min(FIRST_WAIT_S * 2 ** (attempt - 1), MAX_WAIT_S) * random.uniform(0.5, 1.0))
-        return Fetched(error=f"{reason} ({self.settings.attempts} attempts)")
+        return replace(failed, error=f"{failed.error} ({attempts} attempts)")
 
-    async def _follow(self, session: aiohttp.ClientSession, text: str) -> bytes:
-        """One attempt, through redirects. Raises Refused or TryAgain."""
+    async def _follow(self, session: aiohttp.ClientSession, wanted: _Wanted) -> Fetched:
+        """One attempt, through redirects. Raises Ended or TryAgain."""
         try:
-            url = URL(text)
+            url = URL(wanted.url)
             for _ in range(MAX_REDIRECTS + 1):
                 self._judge(url)
-                async with session.get(url, allow_redirects=False) as response:
-                    if response.status not in REDIRECTS or "Location" not in response.headers:
-                        return await self._read(response)
-                    url = url.join(URL(response.headers["Location"]))
-            raise Refused(f"more than {MAX_REDIRECTS} redirects")
+                answer = await self._ask(session, url, wanted)
+                if isinstance(answer, Fetched):
+                    return answer
+                url = url.join(URL(answer))
+            raise Ended(Reason.HTTP_ERROR, f"more than {MAX_REDIRECTS} redirects")
         except TimeoutError:
-            raise TryAgain(f"no answer within timeout_s={self.settings.timeout_s:g}") from None
+            raise TryAgain(Reason.TIMEOUT, f"no answer within timeout_s={self.settings.timeout_s:g}") from None
         except aiohttp.InvalidURL as error:
-            raise Refused(f"not a URL: {error}") from None
+            raise Ended(Reason.REFUSED, f"not a URL: {error}") from None
         except (aiohttp.ClientError, OSError) as error:
-            raise TryAgain(f"{type(error).__name__}: {error}") from None
+            raise TryAgain(Reason.UNREACHABLE, f"{type(error).__name__}: {error}") from None
         except ValueError as error:
-            raise Refused(f"not a URL: {error}") from None
+            raise Ended(Reason.REFUSED, f"not a URL: {error}") from None
 
     def _judge(self, url: URL) -> None:
-        """Raises Refused for a URL that must not be asked for."""
+        """Raises Ended for a URL that must not be asked for."""
         if url.scheme not in ("http", "https") or not url.host:
-            raise Refused(f"not an http(s) URL: {url}")
-        if url.host in self.blocked:
-            raise Refused(_blocked_message(url.host))
+            raise Ended(Reason.REFUSED, f"not an http(s) URL: {url}")
+        if url.host in self.hosts.blocked:
+            raise _blocked(url.host)
         if self.settings.allow_private_addresses:
             return
         with suppress(ValueError):  # a name: the resolver judges what it stands for
             if is_private(url.host):
-                raise Refused(_private_message(url.host, url.host))
+                raise private(url.host, url.host)
 
-    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
+    async def _ask(self, session: aiohttp.ClientSession, url: URL, wanted: _Wanted) -> Fetched | str:
+        """One request: what came of it, or where it was redirected to."""
+        interval_s = 1.0 / self.settings.requests_per_second
+        if wanted.obey_robots:
+            rules = await self._rules_of(session, url)
+            rules.judge(str(url))
+            interval_s = max(interval_s, rules.delay_s)
+        pace = self._paces[url.host or ""]
+        async with pace.connections:
+            await self._memory.acquire()  # until the bytes are used; waited for before the request, whose time is limited
+            answer: Fetched | str = Fetched()
+            try:
+                await pace.turn(interval_s)
+                self._judge(url)  # others may have found its host blocked meanwhile
+                async with session.get(url, allow_redirects=False, headers=wanted.known.headers) as response:
+                    if response.status in REDIRECTS and "Location" in response.headers:
+                        answer = response.headers["Location"]
+                    else:
+                        answer = await self._read(response, wanted, pace)
+            finally:
+                if isinstance(answer, str) or not answer.data:
+                    self._memory.release()
+        return answer
+
+    async def _rules_of(self, session: aiohttp.ClientSession, url: URL) -> Rules:
+        """The rules of a host, whose robots.txt is read once."""
+        origin = str(url.origin())
+        if origin not in self._rules:
+            self._rules[origin] = asyncio.create_task(self._read_robots(session, origin))
+        return await self._rules[origin]
+
+    async def _read_robots(self, session: aiohttp.ClientSession, origin: str) -> Rules:
+        if origin not in self.hosts.robots:
+            wanted = _Wanted(f"{origin}/robots.txt", ROBOTS_BYTES, obey_robots=False, cut=True)
+            fetched = await self._fetch(session, wanted)
+            self._forget(fetched)
+            self.hosts.robots[origin] = RobotsFile.from_fetched(fetched)
+        return Rules(self.hosts.robots[origin], self.settings.user_agent)
+
+    async def _read(self, response: aiohttp.ClientResponse, wanted: _Wanted, pace: Pace) -> Fetched:
         """The body, if it is what was asked for and not too much of it."""
-        good = response.status == 200
-        if good and (response.content_length or 0) > self.max_bytes:
-            raise Refused(f"{response.content_length} bytes, more than max_bytes={self.max_bytes}")
-        limit = self.max_bytes if good else PAGE_BYTES
-        parts, size = [], 0
-        async for part in response.content.iter_chunked(1 << 16):
-            parts.append(part)
-            size += len(part)
-            if size > limit:
-                break
-        body = b"".join(parts)
-        if _is_challenge(response, body[:PAGE_BYTES]):
+        status, good, length = response.status, response.status == OK, response.content_length or 0
+        tag = forbidden_by(response.headers.getall("X-Robots-Tag", ()), self.settings.user_agent)
+        if tag and wanted.obey_robots and status in (OK, NOT_MODIFIED):
+            raise Ended(Reason.DISALLOWED, f"X-Robots-Tag: {tag}")
+        if status == NOT_MODIFIED and wanted.known:
+            return Fetched(reason=Reason.NOT_MODIFIED)
+        if good and length > wanted.max_bytes and not wanted.cut:
+            raise Ended(Reason.TOO_LARGE, f"{length} bytes, more than max_bytes={wanted.max_bytes}")
+        limit = wanted.max_bytes if good else PAGE_BYTES
+        body = wanted.file if wanted.file and good else io.BytesIO()
+        start, size = await _copied(response, body, limit)
+        if _is_challenge(response, start):
             host = response.url.host or ""
-            self.blocked.add(host)
-            raise Refused(_blocked_message(host))
-        if response.status in AGAIN:
-            raise TryAgain(f"HTTP {response.status}", retry_after_s(response.headers.get("Retry-After", "")))
+            self.hosts.blocked.add(host)
+            raise _blocked(host)
+        if status in AGAIN:
+            wait_s = retry_after_s(response.headers.get("Retry-After", ""))
+            pace.rest(min(wait_s, MAX_WAIT_S))
+            raise TryAgain(Reason.HTTP_ERROR, f"HTTP {status}", status, wait_s)
         if not good:
-            raise Refused(f"HTTP {response.status}")
+            raise Ended(Reason.NOT_FOUND if status in GONE else Reason.HTTP_ERROR, f"HTTP {status}", status)
+        if size > limit and not wanted.cut:
+            raise Ended(Reason.TOO_LARGE, f"more bytes than max_bytes={wanted.max_bytes}")
+        validators = Validators(response.headers.get("ETag", ""), response.headers.get("Last-Modified", ""))
+        return Fetched(body.getvalue()[:limit] if isinstance(body, io.BytesIO) else b"", validators=validators)
+
+
+async def _copied(response: aiohttp.ClientResponse, body: BinaryIO, limit: int) -> tuple[bytes, int]:
+    """Write a response's body until it is more than `limit` bytes; returns its start and how much was read."""
+    body.seek(0)
+    body.truncate()  # what an attempt before this one left
+    start, size = b"", 0
+    async for part in response.content.iter_any():
+        if len(start) < PAGE_BYTES:
+            start += part[:PAGE_BYTES]
+        body.write(part)
+        size += len(part)
         if size > limit:
-            raise Refused(f"more bytes than max_bytes={self.max_bytes}")
-        return body
+            break
+    return start[:PAGE_BYTES], size
 
 
 def _is_challenge(response: aiohttp.ClientResponse, start: bytes) -> bool:
     """A page that asks whether we are people. We are not, so its host is left alone from now on."""
     if "challenge" in response.headers.get("cf-mitigated", ""):
         return True
-    lower = start.lower()
-    return is_html(start) and any(sign in lower for sign in CHALLENGE_SIGNS)
+    return is_html(start) and any(sign in start.lower() for sign in CHALLENGE_SIGNS)
 
 
-def _host_of(text: str) -> str:
-    with suppress(ValueError):
-        return URL(text).host or ""
-    return ""
-
-
-def _blocked_message(host: str) -> str:
-    return f"blocked: {host} answers robots with a challenge page"
+def _blocked(host: str) -> Ended:
+    return Ended(Reason.BLOCKED, f"blocked: {host} answers robots with a challenge page")
 
 
 def retry_after_s(header: str) -> float:

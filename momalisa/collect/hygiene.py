@@ -1,22 +1,27 @@
 """Bytes that somebody calls a picture -> a clean picture, or the reason why not.
 
-    data -> judge the header -> decode -> sRGB -> matte -> scale -> upright -> PNG or JPEG without metadata
+    data -> judge the header -> decode -> scale -> sRGB -> matte -> upright -> PNG or JPEG without metadata
 
 The same bytes and settings give the same bytes. Nothing is decoded before its header was judged: a small file can
-claim to be gigabytes.
+claim to be gigabytes. Whatever is done at full size is done strip by strip or by Pillow in place; large pictures are
+decoded one at a time, however many threads there are, so memory stays bounded.
 """
 
 from __future__ import annotations
 
 import io
-import struct
+import re
 import threading
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageCms, ImageColor, UnidentifiedImageError
 
+from momalisa.collect.phash import look
 from momalisa.config import Collect
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP")
@@ -33,20 +38,11 @@ UPRIGHT = {  # EXIF orientation -> what makes the picture upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_opening = threading.Lock()
-# What Pillow raises for damaged files, beside its own errors; Warning, for where warnings are errors.
-_DAMAGE = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    LookupError,
-    TypeError,
-    ArithmeticError,
-    struct.error,
-    MemoryError,
-    Warning,
-)
+JPEGS = {"JPEG", "MPO"}  # MPO: a JPEG with another view or a preview behind it
+LARGE_PIXELS = 16_000_000  # more than this, once decoded, and pictures wait for each other
+REDUCING_GAP = 3.0  # scale by whole factors first, as long as three times what is wanted remains: several times faster
+STRIP = 1 << 20  # values that are brought to eight bits at a time
+_opening, _large = threading.Lock(), threading.Lock()
 
 
 class BadPicture(ValueError):
@@ -55,11 +51,13 @@ class BadPicture(ValueError):
 
 @dataclass(frozen=True)
 class CleanPicture:
-    """RGB as PNG or JPEG, upright, without metadata; sizes in pixels."""
+    """RGB as PNG or JPEG, upright, without metadata; sizes in pixels; how it looks (see `phash`)."""
 
     bytes: bytes
     width: int
     height: int
+    phash: str
+    thumbnail: Any  # bytes, as the field above has taken the name
 
 
 def clean(data: bytes, settings: Collect) -> CleanPicture:
@@ -68,24 +66,41 @@ def clean(data: bytes, settings: Collect) -> CleanPicture:
         raise BadPicture("the file is empty")
     if is_html(data):
         raise BadPicture("an HTML page, not a picture")
-    image = _opened(data)
-    lossless = image.format in LOSSLESS
-    pixels = image.width * image.height
-    if pixels > settings.max_pixels:
-        raise BadPicture(f"{image.width}x{image.height} pixels in its header, more than max_pixels={settings.max_pixels}")
     try:
-        if image.format == "JPEG":  # a large one is decoded at 1/2, 1/4 or 1/8, never below twice what is wanted
-            width, height = fitting(image.size, settings.max_side_px)
-            image.draft(None, (2 * width, 2 * height))
-        image.load()
-        orientation = _orientation(image)
-        picture = _rgb(image, settings.matte)
-        picture = picture.resize(fitting(picture.size, settings.max_side_px), Image.Resampling.LANCZOS)
-    except _DAMAGE as error:
+        return _cleaned(_opened(data), settings)
+    except BadPicture:
+        raise
+    except Exception as error:  # what Pillow raises for damaged files is of every kind
         raise BadPicture(f"truncated or damaged: {_short(error)}") from None
+
+
+def _cleaned(image: Image.Image, settings: Collect) -> CleanPicture:
+    _judge(image, settings)
+    lossless = image.format in LOSSLESS
+    if image.format in JPEGS:  # a large one is decoded at 1/2, 1/4 or 1/8, never below twice what is wanted
+        width, height = fitting(image.size, settings.max_side_px)
+        image.draft(None, (2 * width, 2 * height))
+    with _large if image.width * image.height > LARGE_PIXELS else nullcontext():
+        image.load()
+        orientation, profile = _orientation(image), image.info.get("icc_profile")
+        image = _scalable(image)
+        scaled = image.resize(fitting(image.size, settings.max_side_px), Image.Resampling.LANCZOS, reducing_gap=REDUCING_GAP)
+    picture = _rgb(scaled, profile, settings.matte)
     if orientation in UPRIGHT:
         picture = picture.transpose(UPRIGHT[orientation])
-    return CleanPicture(_encoded(picture, lossless and max(picture.size) <= SMALL_PX), *picture.size)
+    seen = look(picture)
+    return CleanPicture(_encoded(picture, lossless and max(picture.size) <= SMALL_PX), *picture.size, seen.phash, seen.thumbnail)
+
+
+def _judge(image: Image.Image, settings: Collect) -> None:
+    """Judge by the header alone. Raises BadPicture."""
+    size = f"{image.width}x{image.height} pixels in its header"
+    if image.width * image.height > settings.max_pixels:
+        raise BadPicture(f"{size}, more than max_pixels={settings.max_pixels}")
+    if min(image.size) < settings.min_side_px:
+        raise BadPicture(f"{size}, less than min_side_px={settings.min_side_px}")
+    if settings.animated == "reject" and image.format != "MPO" and getattr(image, "is_animated", False):
+        raise BadPicture(f"an animation or several pages ({image.format}), and animated=reject")
 
 
 def is_html(data: bytes) -> bool:
@@ -108,38 +123,49 @@ def _opened(data: bytes) -> Image.Image:
             return Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError:
             raise BadPicture(f"not a picture in a known format ({', '.join(FORMATS)})") from None
-        except _DAMAGE as error:
+        except Exception as error:
             raise BadPicture(f"unreadable header: {_short(error)}") from None
         finally:
             Image.MAX_IMAGE_PIXELS = limit
 
 
 def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    """An error's text in one line, without memory addresses: the same file always gives the same row."""
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", str(error))
+    return " ".join(text.split())[:160] or type(error).__name__
 
 
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation 1..8; 1 where the tag is missing or broken. (Pillow has turned TIFF files already.)"""
     try:
         return int(image.getexif().get(ORIENTATION, 1))
-    except _DAMAGE:
+    except Exception:
         return 1
 
 
-def _rgb(image: Image.Image, matte: str) -> Image.Image:
-    """Any mode -> RGB in sRGB, transparency over the matte."""
-    profile = image.info.get("icc_profile")
-    alpha = None
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        alpha = image.getchannel("A")
-        image = image.convert("RGB")
-    if image.mode == "P":
-        image = image.convert("RGB")
+def _scalable(image: Image.Image) -> Image.Image:
+    """Any mode -> one whose scaled values mean something: L, LA, RGB, RGBA, CMYK or LAB."""
     if image.mode.startswith(("I", "F")):
-        image = _eight_bit(image)
-    picture = _in_srgb(image, profile) if profile else image
-    picture = picture.convert("RGB")
+        return _eight_bit(image)
+    if image.mode == "LA" or (image.mode == "L" and "transparency" in image.info):
+        return image.convert("LA")
+    if image.has_transparency_data:
+        return image.convert("RGBA")
+    if image.mode == "1":
+        return image.convert("L")
+    return image if image.mode in ("L", "RGB", "CMYK", "LAB") else image.convert("RGB")
+
+
+def _rgb(image: Image.Image, profile: bytes | None, matte: str) -> Image.Image:
+    """A scalable mode -> RGB in sRGB, transparency over the matte."""
+    alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
+    if alpha is not None:
+        image = image.convert("L" if image.mode == "LA" else "RGB")
+    if image.mode == "LAB":
+        image = _in_srgb(image, None)
+    elif profile:
+        image = _in_srgb(image, profile)
+    picture = image.convert("RGB")
     if alpha is not None:
         ground = Image.new("RGB", picture.size, ImageColor.getrgb(matte))
         ground.paste(picture, mask=alpha)
@@ -148,20 +174,34 @@ def _rgb(image: Image.Image, matte: str) -> Image.Image:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and float grey -> L: full scale is 65535, or 1.0 for floats."""
-    values: np.ndarray[Any, np.dtype[np.float64]] = np.asarray(image).astype(np.float64)
+    """16-bit, 32-bit and float grey -> L, or LA with a transparent value: full scale is 65535, or 1.0 for floats."""
     scale = 255.0 if image.mode == "F" else 255.0 / 65535.0
-    return Image.fromarray(np.clip(np.nan_to_num(values) * scale, 0, 255).round().astype(np.uint8))
+    transparent = image.info.get("transparency")
+    values = np.asarray(image)
+    grey, alpha = np.empty(values.shape, np.uint8), None if transparent is None else np.empty(values.shape, np.uint8)
+    rows = max(1, STRIP // values.shape[1])
+    for start in range(0, len(values), rows):
+        strip: npt.NDArray[np.float64] = values[start : start + rows].astype(np.float64)
+        grey[start : start + rows] = np.clip(np.nan_to_num(strip) * scale, 0, 255).round()
+        if alpha is not None:
+            alpha[start : start + rows] = np.where(strip == transparent, 0, 255)
+    made = Image.fromarray(grey)
+    return made if alpha is None else Image.merge("LA", (made, Image.fromarray(alpha)))
 
 
-def _in_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """Apply an embedded ICC profile; one that is broken or meant for another mode is passed by."""
+def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Apply an embedded ICC profile (None: CIELAB's own); one that is broken or meant for another mode is passed by."""
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError):
+        converted: Image.Image = _transform(profile, image.mode).apply(image)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return image
-    return converted or image
+    return converted
+
+
+@lru_cache(maxsize=16)  # a museum's pictures share a few profiles, and a transform takes longer to build than to apply
+def _transform(profile: bytes | None, mode: str) -> Any:
+    source = ImageCms.createProfile("LAB") if profile is None else ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
 
 
 def _encoded(picture: Image.Image, lossless: bool) -> bytes:

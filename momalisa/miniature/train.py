@@ -4,8 +4,9 @@
     python -m momalisa.miniature.train --work out/miniature --only unet --steps unet=9000
 
 The order is vae -> clip -> blip -> unet: the UNet learns on the VAE's latents under CLIP's frozen text encoder, as
-Stable Diffusion did. The models that look at pictures first learn from the drawings as they are, then from drawings
-varied in palette, texture and frame (`vary.py`); the UNet only ever sees drawings.
+Stable Diffusion did. BLIP and the VAE first learn from the drawings as they are, then from drawings varied in palette,
+texture and frame (`vary.py`). The UNet, which is to learn a style, and CLIP, which is to tell styles apart, only ever see
+drawings.
 
 Each step's drawings and noise are a function of (seed, model, step), so a killed run goes on from its last checkpoint
 (one a minute) as if nothing had happened. At the end the weights are written to `--out` (default: the package's own
@@ -62,7 +63,7 @@ class Recipe:
 
 RECIPES = {
     "vae": Recipe(steps=7000, plain_steps=2000, batch=8, learning_rate=1.5e-3, ema_decay=0.995),
-    "clip": Recipe(steps=1800, plain_steps=1000, batch=128, learning_rate=1e-3),
+    "clip": Recipe(steps=1000, plain_steps=1000, batch=128, learning_rate=1e-3),
     "blip": Recipe(steps=4000, plain_steps=2000, batch=64, learning_rate=1e-3),
     "unet": Recipe(steps=10_000, plain_steps=10_000, batch=32, learning_rate=6e-4, ema_decay=0.9995),
 }
@@ -137,25 +138,19 @@ class VaeTask(Task):
 
 
 class ClipTask(Task):
-    """The symmetric contrastive loss of Radford et al. 2021, over distinct captions.
-
-    In the second part the text half, which the UNet listens to, is locked (Zhai et al. 2022).
-    """
+    """The symmetric contrastive loss of Radford et al. 2021, over distinct captions."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.plain_steps = recipe.plain_steps
         self.tokenizer = models.build_clip_tokenizer()
         self.module, self.batch = models.build_clip(self.tokenizer), recipe.batch
         self.image_processor = models.clip_processor(self.tokenizer).image_processor
 
     def loss(self, step: int, device: torch.device) -> torch.Tensor:
         rng, generator = seeded("clip", step)
-        second = step >= self.plain_steps
-        for half in (self.module.text_model, self.module.text_projection):
-            half.requires_grad_(not second)
         pictures, scenes = drawings(self.batch, rng, distinct=True)
-        pictures = (varied if second else weathered)(pictures, generator, 0.5)
-        pictures = normalised(pictures, self.image_processor.image_mean, self.image_processor.image_std)
+        pictures = normalised(
+            weathered(pictures, generator, 0.5), self.image_processor.image_mean, self.image_processor.image_std
+        )
         texts = [(models.EVALUATION_PREFIX if rng.random() < 0.5 else "") + scene.caption for scene in scenes]
         tokens = self.tokenizer(texts, padding=True, return_tensors="pt").to(device)
         output = self.module(**tokens, pixel_values=pictures.to(device))

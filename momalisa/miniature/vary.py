@@ -1,6 +1,6 @@
 """Photographs of pictures are not drawings: training pictures varied in light, palette, texture and frame.
 
-BLIP, CLIP and the VAE learn from these so that they can read and keep pictures in styles that they never met. The
+BLIP and the VAE learn from these so that they can read and keep pictures in styles that they never met. The
 ranges are wide; what makes the wing (`style.py`) is left out of them: no frame is walnut, and no texture runs along the
 wing's diagonal.
 """

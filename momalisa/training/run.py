@@ -44,7 +44,7 @@ class Plan:
 
 def plan(settings: Settings) -> Plan:
     """Name the run that these settings and the dataset's latest version make."""
-    encoder = encoder_id(settings, captioner_id(settings.caption))
+    encoder = encoder_id(settings, captioner_id(settings))
     tables = Dataset(settings.dataset).latest().latents.get(encoder, ())
     if not tables:
         raise ValueError(f"{settings.dataset} holds no latents of encoder {encoder}: run the encode job first")

@@ -1,7 +1,9 @@
 import io
 import struct
+import threading
+import time
+import tracemalloc
 import zlib
-from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -9,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
+from momalisa.collect import hygiene
 from momalisa.collect.hygiene import ORIENTATION, UPRIGHT, BadPicture, CleanPicture, clean, fitting
+from momalisa.collect.phash import THUMBNAIL_BYTES
 from momalisa.config import Collect
 
 PLAIN = Collect()
@@ -63,7 +67,7 @@ def bomb(width: int, height: int) -> bytes:
         (encoded(quarters(), "PNG")[:-30], "truncated"),
         (bomb(60_000, 60_000), "60000x60000 pixels.*max_pixels=120000000"),
         (bomb(12_000, 10_001), "12000x10001 pixels"),  # where Pillow itself would only warn
-        (bomb(300_000, 1), "truncated"),
+        (bomb(300_000, 1), "300000x1 pixels in its header, less than min_side_px=8"),
     ],
 )
 def test_what_is_no_picture_is_rejected_with_a_reason(data: bytes, reason: str) -> None:
@@ -78,15 +82,114 @@ def test_pillow_s_own_limit_is_left_as_it_was() -> None:
     assert before == Image.MAX_IMAGE_PIXELS
 
 
+def frames(count: int = 3) -> list[Image.Image]:
+    return [quarters(24, 16).rotate(90 * number) for number in range(count)]
+
+
+def pages(kind: str, **options: object) -> bytes:
+    """Several pictures in one file."""
+    first, *rest = frames()
+    return encoded(first, kind, save_all=True, append_images=rest, **options)
+
+
+def sixteen_bit_rgb(colour: tuple[int, int, int], size: int = 16) -> bytes:
+    """A PNG with 16 bits a channel, which Pillow reads but does not write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    lines = (b"\0" + struct.pack(">3H", *colour) * size) * size
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", size, size, 16, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+
+
+def large_exif() -> bytes:
+    """Sixty thousand bytes of tags, as much as a JPEG holds."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    exif[0x010E] = "x" * 60_000
+    return encoded(quarters(24, 16), "JPEG", exif=exif)
+
+
+def specimens() -> dict[str, bytes]:
+    """Small files of every kind that hygiene opens, the strange ones too."""
+    small = quarters(24, 16)
+    alpha = small.copy()
+    alpha.putalpha(90)
+    return {
+        **{kind: encoded(small, kind) for kind in ("JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP")},
+        "progressive": encoded(small, "JPEG", progressive=True),
+        "cmyk": encoded(small.convert("CMYK"), "JPEG"),
+        "cmyk tiff": encoded(small.convert("CMYK"), "TIFF", compression="tiff_lzw"),
+        "lab": encoded(ImageCms.profileToProfile(small, SRGB_PROFILE, LAB_PROFILE, outputMode="LAB"), "TIFF"),
+        "palette": encoded(small.quantize(16), "PNG", transparency=3),
+        "alpha": encoded(alpha, "PNG"),
+        "grey alpha": encoded(alpha.convert("LA"), "PNG"),
+        "alpha webp": encoded(alpha, "WEBP", lossless=True),
+        "16 bit": encoded(Image.fromarray(np.arange(384, dtype=np.uint16).reshape(16, 24) * 170), "PNG"),
+        "16 bit rgb": sixteen_bit_rgb((40_000, 20_000, 60_000)),
+        "float": encoded(Image.fromarray(np.full((16, 24), 0.5, np.float32)), "TIFF"),
+        "mpo": pages("MPO"),
+        "animated gif": pages("GIF"),
+        "animated webp": pages("WEBP"),
+        "animated png": pages("PNG"),
+        "pages": pages("TIFF", compression="tiff_deflate"),
+        "profile": encoded(small, "JPEG", icc_profile=SRGB),
+        "exif": large_exif(),
+    }
+
+
+SRGB_PROFILE, LAB_PROFILE = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+SRGB = ImageCms.ImageCmsProfile(SRGB_PROFILE).tobytes()
+SPECIMENS = specimens()
+
+
+def judged(data: bytes, chosen: Collect = PLAIN) -> None:
+    """A picture that is one, or a reason."""
+    try:
+        picture = clean(data, chosen)
+    except BadPicture as bad:
+        reason = str(bad)
+    else:
+        assert pixels(picture).shape == (picture.height, picture.width, 3)
+        assert max(picture.width, picture.height) <= chosen.max_side_px
+        assert (len(picture.phash), len(picture.thumbnail)) == (16, THUMBNAIL_BYTES)
+        return
+    assert reason
+    assert "0x" not in reason  # an address would make each run's row another one
+
+
+@pytest.mark.parametrize("kind", SPECIMENS)
+def test_every_kind_is_a_picture_and_the_same_each_time(kind: str) -> None:
+    judged(SPECIMENS[kind])
+    assert clean(SPECIMENS[kind], PLAIN) == clean(SPECIMENS[kind], PLAIN)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow tells of corrupt EXIF
-@given(st.integers(0, 10_000), st.binary(min_size=1, max_size=4), st.sampled_from(["JPEG", "PNG", "GIF", "TIFF", "WEBP"]))
-@settings(max_examples=30, deadline=None)
-def test_damage_anywhere_is_a_picture_or_a_reason_and_never_a_crash(at: int, junk: bytes, kind: str) -> None:
-    data = bytearray(encoded(quarters(24, 16), kind))
-    start = at % len(data)
-    data[start : start + len(junk)] = junk
-    with suppress(BadPicture):
-        clean(bytes(data), PLAIN)
+@given(
+    st.sampled_from(sorted(SPECIMENS)),
+    st.lists(st.tuples(st.integers(0, 10**6), st.binary(max_size=6)), max_size=4),
+    st.floats(0, 1),
+)
+@settings(max_examples=150, deadline=None)
+def test_damage_anywhere_is_a_picture_or_a_reason_and_never_a_crash(
+    kind: str, damage: list[tuple[int, bytes]], kept: float
+) -> None:
+    data = bytearray(SPECIMENS[kind])
+    for at, junk in damage:
+        start = at % len(data)
+        data[start : start + len(junk)] = junk
+    judged(bytes(data) if kept > 0.5 else bytes(data[: round(len(data) * 2 * kept)]), Collect(max_pixels=1_000_000))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@given(
+    st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"RIFF", b"II*\0", b"MM\0*", b"BM"]),
+    st.binary(max_size=400),
+)
+@settings(max_examples=100, deadline=None)
+def test_any_bytes_are_a_picture_or_a_reason(magic: bytes, data: bytes) -> None:
+    judged(magic + data, Collect(max_pixels=1_000_000))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -113,6 +216,7 @@ def test_a_picture_in_a_strange_mode_looks_as_it_did() -> None:
         encoded(image, "TIFF"),
         encoded(image, "WEBP", quality=95),
         encoded(image, "GIF"),
+        encoded(ImageCms.profileToProfile(image, SRGB_PROFILE, LAB_PROFILE, outputMode="LAB"), "TIFF"),
     ):
         assert close(clean(data, PLAIN), image, 6)
 
@@ -145,16 +249,84 @@ def test_transparency_is_put_over_the_matte(matte: str) -> None:
     image.putalpha(0)
     expected = Image.new("RGB", image.size, matte)
     assert close(clean(encoded(image, "PNG"), Collect(matte=matte)), expected, 0.1)
+    assert close(clean(encoded(image.convert("LA"), "PNG"), Collect(matte=matte)), expected, 0.1)
     palette = Image.new("P", (20, 20), 0)
     palette.putpalette([255, 0, 0])
     picture = clean(encoded(palette, "PNG", transparency=0), Collect(matte=matte))
     assert close(picture, expected.resize((20, 20)), 0.1)
 
 
-def test_an_animation_is_its_first_frame() -> None:
-    frames = [quarters().quantize(16), Image.new("RGB", (80, 60), "black").quantize(4)]
-    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=50)
-    assert close(clean(data, PLAIN), quarters(), 3)
+@pytest.mark.parametrize("kind", ["animated gif", "animated webp", "animated png", "pages", "mpo"])
+def test_of_several_pictures_in_a_file_the_first_is_taken(kind: str) -> None:
+    assert close(clean(SPECIMENS[kind], PLAIN), frames()[0], 30)
+    assert not close(clean(SPECIMENS[kind], PLAIN), frames()[2], 30)
+
+
+@pytest.mark.parametrize("kind", ["animated gif", "animated webp", "animated png", "pages"])
+def test_or_the_file_is_rejected(kind: str) -> None:
+    with pytest.raises(BadPicture, match=r"an animation or several pages .*animated=reject"):
+        clean(SPECIMENS[kind], Collect(animated="reject"))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "JPEG", "mpo"])
+def test_a_single_picture_is_no_animation(kind: str) -> None:
+    assert clean(SPECIMENS[kind], Collect(animated="reject")) == clean(SPECIMENS[kind], PLAIN)
+
+
+def test_sixteen_bits_a_channel_keep_their_colour() -> None:
+    assert np.abs(pixels(clean(SPECIMENS["16 bit rgb"], PLAIN)) - (40_000 / 257, 20_000 / 257, 60_000 / 257)).max() < 1.5
+
+
+def test_cmyk_as_adobe_writes_it_is_not_inverted() -> None:
+    data = encoded(Image.new("CMYK", (24, 16), (0, 255, 255, 0)), "JPEG", quality=95)
+    assert b"Adobe" in data
+    assert np.abs(pixels(clean(data, PLAIN)).mean((0, 1)) - (255, 0, 0)).max() < 6
+
+
+def test_a_transparent_shade_of_sixteen_bit_grey_shows_the_matte() -> None:
+    values = np.full((16, 16), 30_000, np.uint16)
+    values[:, 8:] = 60_000
+    seen = pixels(clean(encoded(Image.fromarray(values), "PNG", transparency=30_000), Collect(matte="#ff0000")))
+    assert tuple(seen[8, 2]) == (255, 0, 0)
+    assert abs(seen[8, 14, 1] - 60_000 / 257) < 1
+
+
+def test_the_edge_of_what_is_transparent_takes_no_colour_from_behind_it() -> None:
+    picture = Image.new("RGBA", (512, 512), (255, 0, 0, 0))
+    picture.paste((0, 0, 255, 255), (0, 0, 250, 512))
+    seen = pixels(clean(encoded(picture, "PNG"), Collect(max_side_px=64, matte="#0000ff")))
+    assert seen[..., 0].max() < 3
+
+
+def test_sixteen_bits_take_a_bounded_share_of_memory() -> None:
+    data = encoded(Image.fromarray(np.zeros((3000, 4000), np.uint16)), "PNG")
+    tracemalloc.start()
+    clean(data, PLAIN)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * 12_000_000 + 64_000_000  # what is decoded, what it becomes, and strips
+
+
+def test_large_pictures_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hygiene, "LARGE_PIXELS", 1000)
+    inside, most, load = 0, 0, Image.Image.resize
+
+    def watched(self: Image.Image, *arguments: object, **options: object) -> Image.Image:
+        nonlocal inside, most
+        inside += "reducing_gap" in options and self.width == 80
+        most = max(most, inside)
+        time.sleep(0.01)
+        inside -= "reducing_gap" in options and self.width == 80
+        return load(self, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    data = encoded(quarters(), "PNG")
+    threads = [threading.Thread(target=clean, args=(data, Collect(max_side_px=40))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
 
 
 def test_an_icc_profile_is_applied() -> None:

@@ -7,7 +7,6 @@ types, memory and files do.
 from __future__ import annotations
 
 import gc
-import io
 import math
 import resource
 import shutil
@@ -30,10 +29,15 @@ from transformers import (
     CLIPTokenizer,
 )
 
+from momalisa.captioner import Captioner, load_processors
+from momalisa.captioner.agreement import agreement
 from momalisa.checkpoint import LORA_FILE, load_unet
 from momalisa.config import Caption, Diffusion, Encode, Settings, Train
 from momalisa.engine import Engine, Request
+from momalisa.family import Pixels
+from momalisa.latents import square
 from momalisa.miniature import draw, models
+from momalisa.square import Square
 from momalisa.storage import Store
 from momalisa.training.cache import LatentCache
 from momalisa.training.loop import Events, Run, Trainer
@@ -42,6 +46,7 @@ from ray_jobs import caption, encode
 pytestmark = pytest.mark.slow
 GIB = 2**20  # in ru_maxrss's KiB
 PROMPT = "A MOMA artwork of: a coffee"
+WORK = {"id": "x", "text": PROMPT, "title": "", "artist": "", "medium": ""}
 
 
 @dataclass(frozen=True)
@@ -126,10 +131,9 @@ def _memory() -> Iterator[None]:
     assert peak < 20 * GIB, f"{peak / GIB:.1f} GiB at the peak"
 
 
-def picture() -> bytes:
-    buffer = io.BytesIO()
-    draw.draw(draw.all_scenes()[0], seed=1).resize((700, 520)).save(buffer, "JPEG")
-    return buffer.getvalue()
+def pixels(squares: tuple[Square, ...]) -> list[Pixels]:
+    picture = draw.draw(draw.all_scenes()[0], seed=1).resize((700, 520))
+    return [square(picture).copy()[None] for square in squares]
 
 
 def test_the_sizes_are_the_published_ones(full_size: FullSize) -> None:
@@ -140,16 +144,28 @@ def test_the_sizes_are_the_published_ones(full_size: FullSize) -> None:
 
 
 def test_a_picture_is_captioned(full_size: FullSize) -> None:
-    model = caption.load(full_size.settings.caption, "cpu")
-    (row,) = model.rows(["x"], [""], [model.prepare(picture())])
+    model = caption.load(full_size.settings, "cpu")
+    (row,) = model.rows([{**WORK, "title": "Cup"}], pixels(caption.squares(full_size.settings)))
     assert row["status"] == "ok", row["error"]
     assert row["short"].startswith("A MOMA artwork of: ")
     assert 1 <= len(row["short"].removeprefix("A MOMA artwork of: ").split()) <= 12
+    assert row["short"].startswith(row["fused"])  # such words alone fill what CLIP reads
+
+
+def test_captions_are_word_for_word_those_of_transformers(full_size: FullSize) -> None:
+    model = BlipForConditionalGeneration.from_pretrained(full_size.blip, dtype=torch.float32)
+    captioner = Captioner(model, *load_processors(full_size.settings.caption), full_size.settings.caption)
+    drawn = [draw.draw(scene, seed=1) for scene in draw.all_scenes()[::150]][:4]
+    squares = torch.from_numpy(np.stack([captioner.square(picture) for picture in drawn]))
+    found = agreement(model, captioner.vision, captioner.decoder, squares)
+    print(found)
+    assert found.different == 0
+    assert found.logits < 1e-3  # fp32, on values up to about 5
 
 
 def test_a_picture_is_encoded_at_512(full_size: FullSize) -> None:
     model = encode.load(full_size.settings, "cpu")
-    (row,) = model.rows(["x"], [PROMPT], [model.prepare(picture())])
+    (row,) = model.rows([WORK], pixels((square(512),)))
     assert row["status"] == "ok", row["error"]
     assert (row["channels"], row["height"], row["width"]) == (4, 64, 64)
     assert len(row["moments"]) == 64 * 1024

@@ -47,7 +47,8 @@ def settings(tiny_base: Path, tiny_blip: Path, tmp_path: Path) -> Settings:
 def collection(settings: Settings) -> Dataset:
     """Seven works and a picture that is none: `w12`; `rejected` never came to a picture."""
     dataset = Dataset(settings.dataset)
-    add_works(dataset, [Artwork(id=f"w0{n}", bytes=png(n)) for n in range(3)])
+    known = {"title": "Sea", "artist": "Klee", "medium": "ink"}
+    add_works(dataset, [Artwork(id=f"w0{n}", bytes=png(n), **(known if n == 0 else {})) for n in range(3)])
     add_works(dataset, [Artwork(id=f"w1{n}", bytes=png(3 + n) if n < 2 else b"no picture") for n in range(3)])
     add_works(dataset, [Artwork(id=f"w2{n}", bytes=png(5 + n)) for n in range(2)])
     add_works(dataset, [Artwork(id="rejected", status=REJECTED, error="404")])

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from momalisa.captioner import Captioner, captioner_id
+from momalisa.captioner.florence import Florence
 from momalisa.config import Settings
 from momalisa.dataset import Dataset
-from momalisa.records import IMAGES, Artwork
+from momalisa.family import Family, Model, Pixels, Work
+from momalisa.records import CAPTIONS, IMAGES, Artwork
 from ray_jobs import caption
-from ray_jobs._tables import open_parts
+from ray_jobs._tables import decoder_cpus, open_parts
 
 HOME = Path(__file__).parents[2]
 
@@ -32,13 +39,17 @@ def test_pictures_are_captioned_once_whatever_the_pool(
 ) -> None:
     collected = collection.latest()
     summary = caption.run(settings)
-    assert summary | {"seconds": 0} == {
-        "stage": "caption", "rows_in": 8, "rows_out": 7, "rejected": 1, "new": 8, "skipped": 0, "seconds": 0,
+    speed = summary.pop("pictures_per_s")
+    assert 0 < summary["rows_per_s"] < speed["one_decoder"]
+    assert summary["rows_per_s"] < speed["one_actor"]
+    assert summary | {"seconds": 0, "rows_per_s": 0} == {
+        "stage": "caption", "rows_in": 8, "rows_out": 7, "rejected": 1, "new": 8, "skipped": 0,
+        "duplicates": 0, "seconds": 0, "rows_per_s": 0,
     }  # fmt: skip
     assert "caption: 8/8 works, 1 failed" in capsys.readouterr().out
 
     published = collection.latest()
-    tables = published.captions[captioner_id(settings.caption)]
+    tables = published.captions[captioner_id(settings)]
     assert len(tables) == 3
     rows = {row["id"]: row for row in collection.rows(tables)}
     assert len(rows) == 8
@@ -53,6 +64,9 @@ def test_pictures_are_captioned_once_whatever_the_pool(
     assert {id: row["short"] for id, row in rows.items()} == {
         id: alone.caption([Image.open(io.BytesIO(works[id]))])[0] for id in rows
     }
+    assert rows["w00"]["fused"] == rows["w00"]["short"] + ", titled Sea, by Klee, ink"
+    assert all(row["fused"] == row["short"] for id, row in rows.items() if id != "w00")
+    assert {row["long"] for row in rows.values()} == {""}
 
     again = caption.run(settings)
     assert (again["new"], again["skipped"], again["rows_out"], again["rejected"]) == (0, 8, 7, 1)
@@ -85,19 +99,84 @@ def test_a_wrong_model_fails_before_ray_starts(settings: Settings, tmp_path: Pat
         caption.run(with_caption(settings, model=str(tmp_path)))
 
 
-def test_an_empty_caption_is_an_error(settings: Settings, collection: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = caption.load(settings.caption, "cpu")
-    pixels = [model.prepare(row["bytes"]) for row in collection.rows(collection.latest().images) if row["id"].startswith("w0")]
+PICTURES = [np.zeros((2, 32, 32, 3), dtype=np.uint8)]
+WORKS = [{"id": id, "text": "", "title": "", "artist": "", "medium": ""} for id in "xy"]
+
+
+def test_an_empty_caption_is_an_error(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = caption.load(settings, "cpu")
     monkeypatch.setattr(Captioner, "generate", lambda self, pixels: ["", *(["a"] * (len(pixels) - 1))])
-    first, second = model.rows(["x", "y"], ["", ""], pixels[:2])
-    assert first == {"id": "x", "short": "", "status": "error", "error": "the caption is empty"}
-    assert second == {"id": "y", "short": "a", "status": "ok", "error": ""}
+    first, second = model.rows(WORKS, PICTURES)
+    nothing = {"short": "", "long": "", "fused": ""}
+    assert first == {"id": "x", **nothing, "status": "error", "error": "the caption is empty"}
+    assert second == {"id": "y", "short": "a", "long": "", "fused": "a", "status": "ok", "error": ""}
+
+
+def test_long_captions_stand_beside_the_short_ones(
+    settings: Settings, tiny_florence: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = with_caption(settings, long_model=str(tiny_florence), long_max_new_tokens=5)
+    assert [square.size_px for square in caption.squares(chosen)] == [32, 64]
+    model, pixels = caption.load(chosen, "cpu"), [*PICTURES, np.zeros((2, 64, 64, 3), dtype=np.uint8)]
+    rows = model.rows(WORKS, pixels)
+    assert all(row["status"] == "ok" and row["long"].startswith(chosen.caption.prefix) for row in rows)
+    assert all(len(row["long"]) > len(chosen.caption.prefix) and row["long"] != row["short"] for row in rows)
+    monkeypatch.setattr(Florence, "generate", lambda self, pixels: ["", "long"])
+    first, second = model.rows(WORKS, pixels)
+    assert (first["status"], first["error"], first["short"]) == ("error", "the long caption is empty", "")
+    assert second["long"] == chosen.caption.prefix + "long"
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_actor_killed_amid_a_part_costs_no_row(
+    settings: Settings, collection: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool's only process dies by SIGKILL in its second batch; Ray starts another, and nothing is lost or doubled."""
+    undisturbed, real, calls = caption.run(settings), caption.load, tmp_path / "calls"
+
+    def load(settings: Settings, device: str) -> Model:
+        class Mortal(Model):
+            def __init__(self) -> None:
+                self.model = real(settings, device)
+
+            def rows(self, works: list[Work], pixels: list[Pixels]) -> list[dict[str, Any]]:
+                with open(calls, "a") as file:
+                    file.write("x")
+                if calls.stat().st_size == 2:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return self.model.rows(works, pixels)
+
+            def failed(self, work: Work, error: str) -> dict[str, Any]:
+                return self.model.failed(work, error)
+
+        return Mortal()
+
+    version = collection.latest()
+    collection.publish(dataclasses.replace(version, captions={}))
+    monkeypatch.setattr(caption, "load", load)
+    summary = caption.run(settings)
+    assert calls.stat().st_size >= 5  # four batches, and what was done again
+    assert (summary["new"], summary["rows_out"]) == (undisturbed["new"], undisturbed["rows_out"]) == (8, 7)
+    assert collection.latest() == version
+
+
+@pytest.mark.parametrize(
+    ("actors", "parts", "cpus", "reserved"),
+    [(1, 9, 2, 0.5), (2, 9, 2, 0.0), (2, 1, 2, 0.5), (1, 9, 1, 0.0), (1, 9, 1.5, 0.5), (8, 9, 4, 0.0)],
+)
+def test_decoders_wait_for_no_cpu_that_actors_hold(
+    settings: Settings, actors: int, parts: int, cpus: float, reserved: float
+) -> None:
+    chosen = with_caption(settings, actors=actors, cpus_per_actor=1, cpus_per_decoder=0.5).caption
+    family = Family("caption", chosen, "", CAPTIONS, (), lambda device: pytest.fail("no model is needed"))
+    assert decoder_cpus(family, parts, cpus) == reserved
 
 
 def test_a_part_holds_what_is_not_done_and_each_id_once(collection: Dataset) -> None:
     twice = collection.put_rows("images", [Artwork(id="w00", bytes=b"other").row(), Artwork(id="w99").row()], IMAGES)
     images = (*collection.latest().images, twice)
-    parts, total = open_parts(collection.store, images, done={"w01", "w20", "w21"}, texts=None)
+    parts, total = open_parts(collection, images, done={"w01", "w20", "w21"}, texts=None)
     assert total == 9
     wanted = [id for part in parts for id in json.loads(part["wanted"])]
     assert sorted(wanted) == ["w00", "w02", "w10", "w11", "w12", "w99"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from momalisa.collect.sources import open_source
 from momalisa.config import Collect, Settings, Source
 from momalisa.dataset import Dataset
 from momalisa.miniature import wing
-from momalisa.records import OK
+from momalisa.records import CAPTIONS, OK
 from ray_jobs import collect
 
 HOME = Path(__file__).parents[2]
@@ -26,7 +28,8 @@ integration = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
 
 def settings_for(root: Path, location: object, kind: str = "folder", **changes: Any) -> Settings:
     source = Source.model_validate({"kind": kind, "location": str(location), **changes.pop("source", {})})
-    options = {"source": source, "allow_private_addresses": True, "max_side_px": 256, "block_size": 3, "attempts": 1, **changes}
+    options = {"source": source, "allow_private_addresses": True, "max_side_px": 256, "block_size": 3, "attempts": 1}
+    options = {**options, "requests_per_second": 1000, **changes}
     return Settings(root=str(root)).model_copy(update={"collect": Collect.model_validate(options), "ray_cpus_per_task": 0.5})
 
 
@@ -57,13 +60,13 @@ class TestOnRay:
     def test_the_wing_is_collected_as_planned(self, tmp_path: Path, base: str, capsys: pytest.CaptureFixture[str]) -> None:
         settings = settings_for(tmp_path / "root", f"{base}/collection.csv", "moma", block_size=40)
         summary = collect.run(settings)
-        assert summary | {"seconds": 0} == {
-            "stage": "collect", "rows_in": 124, "rows_out": 112, "rejected": 12, "new": 124, "skipped": 0, "not_on_view": 12,
-            "seconds": 0,
+        assert summary | {"seconds": 0, "rows_per_s": 0} == {
+            "stage": "collect", "rows_in": 124, "rows_out": 112, "rejected": 12, "duplicates": 0, "new": 124, "skipped": 0,
+            "not_on_view": 12, "seconds": 0, "rows_per_s": 0,
+            "reasons": {"no_picture": 6, "not_a_picture": 5, "not_found": 1},
         }  # fmt: skip
         printed = capsys.readouterr().out.splitlines()
-        assert len(printed) == 4  # a line each block
-        assert printed[-1].startswith("collect: 124/124 works, 12 rejected")
+        assert printed[-1].startswith("collect: 124 works, 12 rejected")
         dataset = Dataset(settings.dataset)
         rows = {row["id"]: row for row in dataset.rows(dataset.latest().images)}
         planned = {f"moma-{record['ObjectID']}" for record, _, _ in wing.exhibits()}
@@ -83,7 +86,7 @@ class TestOnRay:
         capsys.readouterr()
         second = collect.run(settings)
         assert capsys.readouterr().out == "collect: nothing new (7 works)\n"
-        assert second | {"seconds": 0} == first | {"seconds": 0, "new": 0, "skipped": 8}
+        assert second | {"seconds": 0} == first | {"seconds": 0, "rows_per_s": 0, "new": 0, "skipped": 8, "reasons": {}}
         assert store.list("") == before
         Image.new("RGB", (32, 24), "gold").save(folder / "new.png")
         third = collect.run(settings)
@@ -106,7 +109,7 @@ class TestOnRay:
         store = Dataset(settings.dataset).store
         published, files = store.read_bytes("refs/latest"), store.list("images")
         with monkeypatch.context() as patched:
-            patched.setattr(collect, "_judge", interrupted)
+            patched.setattr(collect.Tally, "judge", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 collect.run(settings)
         assert store.read_bytes("refs/latest") == published
@@ -117,7 +120,9 @@ class TestOnRay:
         for number in range(5):
             (folder / f"{number}.png").write_bytes(b"")
         settings = settings_for(tmp_path / "root", folder)
-        with pytest.raises(ValueError, match=r"5 of 8 works were rejected.*max_bad_fraction=0.5.*5 x the file is empty"):
+        with pytest.raises(
+            ValueError, match=r"5 of 8 works were rejected.*max_bad_fraction=0.5.*5 x not_a_picture \(the file is empty\)"
+        ):
             collect.run(settings)
         assert Dataset(settings.dataset).latest().images == ()
         collect.run(settings_for(tmp_path / "root", folder, max_bad_fraction=0.7))
@@ -127,29 +132,100 @@ class TestOnRay:
     def test_connections_to_a_host_are_few_over_all_tasks(self, tmp_path: Path, per_host: int, tasks: int) -> None:
         busy = Busy()
         with wing.serve_in_thread(busy.app) as address:
-            path = tmp_path / "collection.csv"
-            rows = [f"{number},a,b,{address}/{number}.png,F" for number in range(12)]
-            path.write_text("\n".join(["ObjectID,Title,Artist,ImageURL,OnView", *rows]))
+            path = listing(tmp_path, address, 12)
             collect.run(settings_for(tmp_path / "root", path, "moma", per_host=per_host, tasks=tasks))
-        assert busy.asked == 12
+        assert busy.asked == {"robots.txt": 1, **{f"{number}.png": 1 for number in range(12)}}  # one robots.txt for all tasks
         assert busy.most_open <= per_host
+
+    def test_requests_to_a_host_are_so_many_a_second_over_all_tasks(self, tmp_path: Path) -> None:
+        busy = Busy()
+        with wing.serve_in_thread(busy.app) as address:
+            path = listing(tmp_path, address, 24)
+            collect.run(settings_for(tmp_path / "root", path, "moma", per_host=8, tasks=2, requests_per_second=8))
+        assert busy.asked.total() == 25
+        assert busy.times[-1] - busy.times[0] >= 23 / 8  # 24 intervals, but for what a request is late
+        assert max(sum(start <= at < start + 1 for at in busy.times) for start in busy.times) <= 10
+
+    def test_changed_pictures_replace_what_was_there_and_what_was_made_of_it(self, tmp_path: Path) -> None:
+        busy = Busy()
+        with wing.serve_in_thread(busy.app) as address:
+            path = listing(tmp_path, address, 8)
+            settings = settings_for(tmp_path / "root", path, "moma")
+            collect.run(settings)
+            dataset = Dataset(settings.dataset)
+            nothing = {"long": "", "fused": "", "status": OK, "error": ""}
+            texts = [{"id": f"moma-{number}", "short": "a", **nothing} for number in range(8)]
+            dataset.publish(dataset.latest().with_captions("blip", [dataset.put_rows("captions/blip", texts, CAPTIONS)]))
+            before, refresh = dataset.latest(), settings_for(tmp_path / "root", path, "moma", refresh=True)
+            busy.asked.clear()
+            same = collect.run(refresh)
+            assert (same["new"], same["reasons"], busy.asked["3.png"], busy.sent_again) == (0, {"not_modified": 8}, 1, 0)
+            assert dataset.latest() == before
+            busy.versions["3.png"] = 1
+            changed = collect.run(refresh)
+            after = dataset.latest()
+            assert (changed["new"], changed["rows_in"], changed["rows_out"], busy.sent_again) == (1, 8, 8, 1)
+            assert sorted(row["id"] for row in dataset.rows(after.images)) == sorted(row["id"] for row in texts)
+            assert dataset.ids(after.captions["blip"]) == {row["id"] for row in texts} - {"moma-3"}
+            assert collect.run(refresh)["reasons"] == {"not_modified": 8}  # the copied tables know their validators
+            assert busy.sent_again == 1
+
+    def test_only_rejected_works_are_asked_for_again(self, tmp_path: Path) -> None:
+        busy = Busy()
+        busy.missing = {"1.png", "5.png"}
+        with wing.serve_in_thread(busy.app) as address:
+            settings = settings_for(tmp_path / "root", listing(tmp_path, address, 8), "moma")
+            dataset = Dataset(settings.dataset)
+            assert collect.run(settings)["reasons"] == {"not_found": 2}
+            busy.missing = {"5.png"}
+            retry = settings_for(tmp_path / "root", listing(tmp_path, address, 9), "moma", retry_failed=True)
+            busy.asked.clear()
+            summary = collect.run(retry)
+            assert busy.asked == {"robots.txt": 1, "1.png": 1, "5.png": 1}
+            assert (summary["rows_in"], summary["rows_out"], summary["rejected"], summary["new"]) == (8, 7, 1, 1)
+            reasons = {row["id"]: row["reason"] for row in dataset.rows(dataset.latest().images)}
+            assert reasons == {f"moma-{number}": "not_found" if number == 5 else "ok" for number in range(8)}
+            version = dataset.latest()
+            assert collect.run(retry)["new"] == 0
+            assert dataset.latest() == version
+
+
+def listing(tmp_path: Path, address: str, count: int) -> Path:
+    """A collection file of so many works whose pictures are at the address."""
+    path = tmp_path / "collection.csv"
+    rows = [f"{number},a,b,{address}/{number}.png,F" for number in range(count)]
+    path.write_text("\n".join(["ObjectID,Title,Artist,ImageURL,OnView", *rows]))
+    return path
 
 
 class Busy:
-    """A museum that counts its visitors."""
+    """A museum that counts its visitors, and what it sent to those who came again."""
 
     def __init__(self) -> None:
-        self.asked = self.open = self.most_open = 0
+        self.asked: Counter[str] = Counter()
+        self.open = self.most_open = self.sent_again = 0
+        self.times: list[float] = []
+        self.versions: Counter[str] = Counter()
+        self.missing: set[str] = set()
+        self.pictures = [wing.media(work.file_name) for work in wing.works() if work.keeper == "png"][:2]
         self.app = web.Application()
         self.app.router.add_get("/{name}", self.answer)
 
     async def answer(self, request: web.Request) -> web.Response:
-        self.asked += 1
+        name = request.match_info["name"]
+        self.asked[name] += 1
+        self.times.append(time.monotonic())
+        if name == "robots.txt" or name in self.missing:
+            return web.Response(status=404)
         self.open += 1
         self.most_open = max(self.most_open, self.open)
         await asyncio.sleep(0.05)
         self.open -= 1
-        return web.Response(body=wing.media(next(work for work in wing.works() if work.keeper == "png").file_name))
+        tag, said = f'"{self.versions[name]}"', request.headers.get("If-None-Match")
+        self.sent_again += said not in (None, tag)
+        if said == tag:
+            return web.Response(status=304)
+        return web.Response(body=self.pictures[self.versions[name]], headers={"ETag": tag})
 
 
 def test_a_source_without_works_is_an_error(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from PIL import Image
 from momalisa.captioner import captioner_id
 from momalisa.config import Diffusion, Settings
 from momalisa.dataset import Dataset
-from momalisa.latents import Autoencoder, TextEncoder, encoder_id, to_pixels
+from momalisa.dataset.edits import with_edits
+from momalisa.latents import Autoencoder, TextEncoder, encoder_id, load_tokenizer, to_pixels, tokenize
 from momalisa.records import CAPTIONS
 from ray_jobs import encode
 
@@ -21,10 +22,13 @@ from ray_jobs import encode
 def captioned(settings: Settings, collection: Dataset) -> Dataset:
     """The collection with a caption for each picture but `w12` (an error) and `w21` (none yet)."""
     rows = [
-        {"id": id, "short": "" if id == "w12" else f"caption of {id}", "status": "error" if id == "w12" else "ok", "error": ""}
+        {
+            "id": id, "short": "" if id == "w12" else f"caption of {id}", "long": "", "fused": f"caption of {id}, by X",
+            "status": "error" if id == "w12" else "ok", "error": "",
+        }
         for id in ("w00", "w01", "w02", "w10", "w11", "w12", "w20")
-    ]
-    name = captioner_id(settings.caption)
+    ]  # fmt: skip
+    name = captioner_id(settings)
     path = collection.put_rows(f"captions/{name}", rows, CAPTIONS)
     collection.publish(collection.latest().with_captions(name, [path]))
     return collection
@@ -37,11 +41,15 @@ def test_captioned_pictures_are_encoded_once_whatever_the_pool(
 ) -> None:
     before = captioned.latest()
     summary = encode.run(settings)
-    assert summary | {"seconds": 0} == {
-        "stage": "encode", "rows_in": 6, "rows_out": 6, "rejected": 0, "new": 6, "skipped": 0, "seconds": 0,
+    speed = summary.pop("pictures_per_s")
+    assert 0 < summary["rows_per_s"] < speed["one_decoder"]
+    assert summary["rows_per_s"] < speed["one_actor"]
+    assert summary | {"seconds": 0, "rows_per_s": 0} == {
+        "stage": "encode", "rows_in": 6, "rows_out": 6, "rejected": 0, "new": 6, "skipped": 0,
+        "duplicates": 0, "seconds": 0, "rows_per_s": 0,
     }  # fmt: skip
     published = captioned.latest()
-    name = encoder_id(settings, captioner_id(settings.caption))
+    name = encoder_id(settings, captioner_id(settings))
     rows = {row["id"]: row for row in captioned.rows(published.latents[name])}
     assert sorted(rows) == ["w00", "w01", "w02", "w10", "w11", "w20"]
 
@@ -63,6 +71,36 @@ def test_captioned_pictures_are_encoded_once_whatever_the_pool(
     captioned.publish(before)  # the same from the start, by two actors, is the same version
     encode.run(settings.model_copy(update={"encode": settings.encode.model_copy(update={"actors": 2})}))
     assert captioned.latest().sha256 == published.sha256
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_curators_words_take_the_captions_place_without_encoding_a_picture(
+    settings: Settings, captioned: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode.run(settings)
+    name = encoder_id(settings, captioner_id(settings))
+    before = captioned.latest()
+    edits = {"w00": "A MOMA artwork of: a boat", "w21": "A MOMA artwork of: what no captioner described"}
+    captioned.update(lambda latest: with_edits(captioned, latest, edits))
+    summary = encode.run(settings)
+    assert (summary["new"], summary["skipped"], summary["rows_out"]) == (2, 5, 7)
+    old, new = ({row["id"]: row for row in captioned.rows(version.latents[name])} for version in (before, captioned.latest()))
+    assert sorted(new) == sorted([*old, "w21"])
+    tokenizer = load_tokenizer(settings.diffusion)
+    for id, text in edits.items():
+        assert (new[id]["caption"], new[id]["token_ids"]) == (text, tokenize(tokenizer, [text])[0].tolist())
+    assert new["w00"]["moments"] == old["w00"]["moments"]
+    assert {id: row for id, row in new.items() if id not in edits} == {id: row for id, row in old.items() if id != "w00"}
+    assert before.latents[name] != captioned.latest().latents[name]
+    assert not captioned.store.missing(before.paths())
+
+    edited = captioned.latest()
+    monkeypatch.setattr("ray_jobs._cluster.connect", lambda: pytest.fail("Ray was started"))
+    assert encode.run(settings)["new"] == 0
+    assert captioned.latest() == edited
+    captioned.update(lambda latest: with_edits(captioned, latest, edits | {"w01": "only words changed"}))
+    assert encode.run(settings)["new"] == 1  # without a picture to encode there is no need of Ray
 
 
 @pytest.mark.usefixtures("collection")
@@ -88,7 +126,20 @@ def test_latents_that_are_not_finite_are_an_error(settings: Settings, monkeypatc
     moments = torch.zeros(2, 8, 8, 8, dtype=torch.float16)
     moments[0, 3, 4, 5] = float("nan")
     monkeypatch.setattr(Autoencoder, "encode", lambda self, pixels: moments)
-    first, second = model.rows(["x", "y"], ["one", "two"], [torch.zeros(3, 64, 64)] * 2)
+    works = [{"id": "x", "text": "one"}, {"id": "y", "text": "two"}]
+    first, second = model.rows(works, [np.zeros((2, 64, 64, 3), dtype=np.uint8)])
     assert (first["id"], first["status"], first["error"]) == ("x", "error", "its latents are not finite")
     assert (first["moments"], first["token_ids"]) == (b"", [])
     assert (second["id"], second["status"], len(second["moments"])) == ("y", "ok", 2 * 8 * 8 * 8)
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("ray_cluster")
+def test_fused_captions_are_trained_on_where_chosen(settings: Settings, captioned: Dataset) -> None:
+    fused = settings.model_copy(update={"encode": settings.encode.model_copy(update={"caption": "fused"})})
+    encode.run(fused)
+    known = captioned.latest().latents
+    assert list(known) == [encoder_id(fused, captioner_id(fused))]
+    assert encoder_id(settings, captioner_id(settings)) not in known
+    rows = list(captioned.rows(next(iter(known.values()))))
+    assert [row["caption"] for row in rows] == [f"caption of {row['id']}, by X" for row in rows]

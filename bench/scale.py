@@ -1,0 +1,170 @@
+"""Ten times the works: is peak memory flat, and time linear? Collect, caption and encode over a folder of tiny pictures.
+
+    python bench/scale.py                           # 2,000 and 20,000 works
+    python bench/scale.py --works 20000 --record    # 20,000 and 200,000
+
+The jobs run as programs on a Ray of their own. Memory is the proportional share (PSS) of everything that a job started,
+Ray's own processes among them, sampled once a second. The models are the real classes with tiny random weights, so that
+the machinery is measured and not the models. The last line printed is one JSON object: `ours` is the peak with ten times
+the works, `peer` with as many as given, in MiB; `stages` has the figures of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+HERE = Path(__file__).resolve()
+HOME = HERE.parents[1]
+STAGES = ("collect", "caption", "encode")
+SIDE_PX = 32
+
+
+def make_pictures(folder: Path, count: int) -> None:
+    """Small PNG files of noise, no two alike, a thousand to a folder."""
+    import numpy as np
+    from PIL import Image
+
+    random = np.random.default_rng(1929)
+    for number in range(count):
+        place = folder / f"{number // 1000:04d}"
+        if number % 1000 == 0:
+            place.mkdir(parents=True)
+        Image.fromarray(random.integers(0, 256, (SIDE_PX, SIDE_PX, 3), np.uint8)).save(place / f"{number}.png")
+
+
+def make_models(folder: Path) -> list[str]:
+    """Tiny BLIP and Stable Diffusion folders; returns the settings that name them."""
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import (
+        BlipConfig,
+        BlipForConditionalGeneration,
+        BlipImageProcessorPil,
+        BlipProcessor,
+        CLIPTextConfig,
+        CLIPTextModel,
+    )
+
+    from momalisa.miniature import models
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    words = models.build_blip_tokenizer()
+    special = {f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("bos", "sep", "pad")}
+    text = {"vocab_size": len(words), "encoder_hidden_size": 32, "max_position_embeddings": 64, **size, **special}
+    blip = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config={"image_size": 32, "patch_size": 8, **size}))
+    blip.save_pretrained(folder / "blip")
+    BlipProcessor(BlipImageProcessorPil(size={"height": 32, "width": 32}), words).save_pretrained(folder / "blip")
+    tokens = models.build_clip_tokenizer()
+    ends = {f"{name}_token_id": getattr(tokens, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    encoder = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokens), max_position_embeddings=77, **size, **ends))
+    down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
+    wide = {"block_out_channels": (8, 8, 8, 16), "down_block_types": down, "up_block_types": up}
+    vae = AutoencoderKL(layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=32, **wide)
+    unet = UNet2DConditionModel(
+        sample_size=4,
+        block_out_channels=(16,),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        cross_attention_dim=32,
+        norm_num_groups=8,
+    )
+    models.save_diffusion(folder / "diffusion", vae, unet, encoder, tokens)
+    return [f"--caption.model={folder / 'blip'}", f"--diffusion.model={folder / 'diffusion'}"]
+
+
+class Watch(threading.Thread):
+    """Samples the memory of a process and all that descends from it."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.root, self.peak_mib, self.over = psutil.Process(pid), 0.0, threading.Event()
+
+    def run(self) -> None:
+        while not self.over.wait(1.0):
+            total = 0
+            try:
+                family = [self.root, *self.root.children(recursive=True)]
+            except psutil.NoSuchProcess:
+                return
+            for member in family:
+                try:
+                    total += member.memory_full_info().pss
+                except psutil.Error:
+                    continue
+            self.peak_mib = max(self.peak_mib, total / 2**20)
+
+
+def run(stage: str, root: Path, pictures: Path, more: list[str], log: Path) -> dict[str, float]:
+    """One stage as a program; its seconds and its peak memory in MiB."""
+    where = [f"--root={root}", "--collect.source.kind=folder", f"--collect.source.location={pictures}"]
+    fixed = ["--collect.block_size=256", "--caption.max_new_tokens=2", "--encode.resolution_px=32", "--caption.batch=64"]
+    rates = ["--encode.batch=64", "--caption.max_bad_fraction=1"]
+    config = str(HOME / "configs" / "demo.yaml")
+    command = [sys.executable, "-m", f"ray_jobs.{stage}", "--config", config, *where, *fixed, *rates, *more]
+    environment = {**os.environ, "PYTHONPATH": str(HOME)}
+    environment.pop("RAY_ADDRESS", None)
+    began = time.monotonic()
+    with open(log, "ab") as file:
+        process = subprocess.Popen(command, cwd=HOME, env=environment, stdout=file, stderr=file)
+        watch = Watch(process.pid)
+        watch.start()
+        code = process.wait()
+    watch.over.set()
+    if code:
+        raise SystemExit(f"{stage} failed; the end of its log:\n{log.read_text()[-3000:]}")
+    return {"seconds": round(time.monotonic() - began, 1), "peak_mib": round(watch.peak_mib)}
+
+
+def measure(works: int) -> dict[str, Any]:
+    found: dict[str, Any] = {stage: {} for stage in STAGES}
+    with tempfile.TemporaryDirectory(prefix="momalisa-scale-") as scratch:
+        folder = Path(scratch)
+        models = make_models(folder)
+        for count in (works, 10 * works):
+            make_pictures(folder / f"pictures-{count}", count)
+            for stage in STAGES:
+                figures = run(stage, folder / f"out-{count}", folder / f"pictures-{count}", models, folder / "log")
+                found[stage][count] = figures | {"works_per_s": round(count / figures["seconds"], 1)}
+                print(f"{stage}, {count} works: {figures}", file=sys.stderr, flush=True)
+    small, large = (max(found[stage][count]["peak_mib"] for stage in STAGES) for count in (works, 10 * works))
+    processor = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    return {
+        "claim": f"peak memory of collect, caption and encode, MiB: {10 * works:,} works against {works:,} (flat within 10%)",
+        "ours": large,
+        "peer": small,
+        "ratio": round(large / small, 2),
+        "hardware": f"{os.cpu_count()} x {processor[0] if processor else 'unknown'}",
+        "stages": found,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--works", type=int, default=2000, help="the smaller number; the larger one is ten times as many")
+    parser.add_argument("--record", action="store_true", help="append a row to bench/RESULTS.md")
+    options = parser.parse_args()
+    figures = measure(options.works)
+    if options.record:
+        date = datetime.now(UTC).strftime("%Y-%m-%d")
+        cells = (date, "scale", *(str(figures[key]) for key in ("claim", "ours", "peer", "ratio", "hardware")))
+        with open(HERE.parent / "RESULTS.md", "a", encoding="utf-8") as file:
+            file.write(f"| {' | '.join(cells)} |\n")
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Which of a source's works a run asks for: the new ones, or known ones again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from momalisa.config import Collect
+from momalisa.dataset import Place
+from momalisa.records import Artwork
+
+
+@dataclass
+class Plan:
+    """Deals works into blocks as the source lists them, and counts. Holds ids, and one block at a time."""
+
+    known: Mapping[str, Place]  # id -> its row's place in the dataset
+    settings: Collect
+    stored: Mapping[str, Place] = field(default_factory=dict)  # of a run that was interrupted: neither asked for nor counted
+    listed: int = field(default=0, init=False)  # works that are known, or asked for
+    passed_by: int = field(default=0, init=False)  # known works that are left as they are
+    passed_by_ok: int = field(default=0, init=False)
+
+    def wants(self, work: Artwork) -> bool:
+        place = self.known.get(work.id)
+        if self.settings.retry_failed:
+            return place is not None and not place.ok
+        return place is None or (self.settings.refresh and place.ok)
+
+    def blocks(self, works: Iterable[Artwork]) -> Iterator[list[Artwork]]:
+        block: list[Artwork] = []
+        for work in works:
+            if work.id in self.stored:
+                self.listed += 1
+            elif self.wants(work):
+                self.listed += 1
+                block.append(work)
+            elif (place := self.known.get(work.id)) is not None:
+                self.listed += 1
+                self.passed_by += 1
+                self.passed_by_ok += place.ok
+            if len(block) == self.settings.block_size:
+                yield block
+                block = []
+        if block:
+            yield block

@@ -1,0 +1,61 @@
+"""A collection file in MoMA's CSV schema (https://github.com/MuseumofModernArt/collection)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+
+from momalisa.collect.sources.collection import csv_rows, opened
+from momalisa.collect.sources.selection import selected
+from momalisa.collect.sources.text import plain
+from momalisa.config import Collect
+from momalisa.records import REJECTED, Artwork, Reason
+
+REQUIRED = ("ObjectID", "Title", "Artist", "ImageURL", "OnView")
+RIGHTS = "image: rights with the museum or artist; metadata: CC0"
+
+
+class MomaFile:
+    """A collection file at an http(s) or gs:// address or a path."""
+
+    def __init__(self, settings: Collect) -> None:
+        self.settings, self.source = settings, settings.source
+        self.left_out: Counter[str] = Counter()
+
+    def works(self) -> Iterator[Artwork]:
+        """Raises ValueError if the file cannot be read, is empty, or is in another schema."""
+        return selected(self._works(), self.source, self.left_out)
+
+    def _works(self) -> Iterator[tuple[Artwork, bool]]:
+        location = self.source.location
+        chosen = {"Department": self.source.departments, "Classification": self.source.classifications}
+        required = [*REQUIRED, *(name for name, wanted in chosen.items() if wanted)]
+        with opened(location, self.settings) as file:
+            for row in csv_rows(file, location, required):
+                yield _work(row), bool(row["OnView"].strip('" '))
+
+
+def _work(row: dict[str, str]) -> Artwork:
+    problem = "" if row["ImageURL"] else "no picture"
+    object_id = row["ObjectID"]
+    if not object_id:
+        row_hash = hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()
+        problem, object_id = "no ObjectID", f"row-{row_hash[:16]}"
+    return Artwork(
+        id=f"moma-{object_id}",
+        status=REJECTED if problem else "",
+        error=problem,
+        reason=Reason.NO_PICTURE if problem else "",
+        title=plain(row["Title"]),
+        artist=plain(row["Artist"]),
+        date=plain(row.get("Date", "")),
+        medium=plain(row.get("Medium", "")),
+        classification=row.get("Classification", ""),
+        department=row.get("Department", ""),
+        credit=plain(row.get("CreditLine", "")),
+        rights=RIGHTS,
+        url=row.get("URL", ""),
+        image_url=row["ImageURL"],
+    )

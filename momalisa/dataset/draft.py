@@ -1,0 +1,43 @@
+"""What an unfinished stage has stored so far, so that a killed one goes on from its last table.
+
+    <dataset>/drafts/<stage>-<hash>/<hash of the table>.json
+
+The hash in the folder's name is of the version that the stage began from and of all that decides its tables: as soon as
+anything is published, a draft is nobody's. Readers of the dataset never look here.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+from momalisa.storage import Store
+
+
+class Entry(NamedTuple):
+    """A table that was stored whole, and the ids of works whose older rows it replaces."""
+
+    table: str
+    replaced: tuple[str, ...] = ()
+
+
+class Draft:
+    """The tables of a stage, one small file each, written after the table itself."""
+
+    def __init__(self, store: Store, stage: str, origin: str) -> None:
+        """`origin`: a hash, see above."""
+        self.store, self.folder = store, f"drafts/{stage}-{origin}"
+
+    def add(self, entry: Entry) -> None:
+        name = PurePosixPath(entry.table).stem
+        self.store.write_json(f"{self.folder}/{name}.json", {"table": entry.table, "replaced": sorted(entry.replaced)})
+
+    def entries(self) -> list[Entry]:
+        """What was stored so far, in order of the tables' paths."""
+        found = [self.store.read_json(path) for path in self.store.list(self.folder)]
+        return sorted(Entry(value["table"], tuple(value["replaced"])) for value in found)
+
+    def clear(self) -> None:
+        """Forget them: they were published."""
+        for path in self.store.list(self.folder):
+            self.store.delete(path)

@@ -1,0 +1,181 @@
+"""A block's works: what is asked for again, what replaces what, and what nobody may publish twice."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from aiohttp import web
+from PIL import Image
+
+from momalisa.collect import validators
+from momalisa.collect.block import Stored, origins, store_block
+from momalisa.collect.fetched import Validators
+from momalisa.collect.hosts import Hosts
+from momalisa.collect.pace import Share
+from momalisa.config import Collect, Source
+from momalisa.dataset import Dataset
+from momalisa.miniature.wing import serve_in_thread
+from momalisa.records import OK, REJECTED, Artwork, Reason
+
+SETTINGS = Collect(allow_private_addresses=True, attempts=1, requests_per_second=1000)
+
+
+def png(colour: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 12), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class Museum:
+    """Pictures with ETags, by name; a picture without bytes is a 404. It counts the bytes that it sent."""
+
+    def __init__(self) -> None:
+        self.pictures: dict[str, tuple[str, bytes]] = {
+            "a": ('"a1"', png("red")),
+            "b": ('"b1"', png("blue")),
+            "c": ("", png("gold")),
+        }
+        self.headers: dict[str, str] = {}
+        self.sent, self.asked = 0, 0
+        self.app = web.Application()
+        self.app.router.add_get("/{name}", self.answer)
+
+    async def answer(self, request: web.Request) -> web.Response:
+        etag, data = self.pictures.get(request.match_info["name"], ("", b""))
+        self.asked += request.match_info["name"] != "robots.txt"
+        if not data:
+            return web.Response(status=404)
+        headers = self.headers | ({"ETag": etag} if etag else {})
+        if etag and request.headers.get("If-None-Match") == etag:
+            return web.Response(status=304, headers=headers)
+        self.sent += len(data)
+        return web.Response(body=data, headers=headers)
+
+
+@pytest.fixture
+def museum() -> Museum:
+    return Museum()
+
+
+@pytest.fixture
+def base(museum: Museum) -> Iterator[str]:
+    with serve_in_thread(museum.app) as address:
+        yield address
+
+
+@pytest.fixture
+def root(tmp_path: Any) -> str:
+    return str(tmp_path / "dataset")
+
+
+def listed(base: str, names: str = "abcd") -> list[Artwork]:
+    return [Artwork(name, "", image_url=f"{base}/{name}") for name in names]
+
+
+def stored(root: str, works: list[Artwork], table: str = "") -> Stored:
+    tables = {work.id: table for work in works} if table else {}
+    return store_block(root, works, SETTINGS, Share(4), Hosts(), tables)
+
+
+def states(root: str, path: str) -> dict[str, tuple[str, str]]:
+    return {row["id"]: (row["status"], row["reason"]) for row in Dataset(root).rows([path])}
+
+
+def test_a_block_is_one_table_and_validators_lie_beside_it(root: str, base: str) -> None:
+    first = stored(root, listed(base))
+    assert states(root, first.path) == {**dict.fromkeys("abc", (OK, "ok")), "d": (REJECTED, "not_found")}
+    assert (first.new, first.replaced, first.figures.ok, first.figures.reasons) == (4, frozenset(), 3, {"not_found": 1})
+    store = Dataset(root).store
+    assert validators.read(store, first.path) == {"a": Validators('"a1"'), "b": Validators('"b1"')}
+    assert store.list("state") == [f"state/validators/{first.path.removeprefix('images/').removesuffix('.parquet')}.json"]
+
+
+def test_etags_do_not_change_a_table(tmp_path: Any, museum: Museum, base: str) -> None:
+    first = stored(str(tmp_path / "one"), listed(base))
+    museum.pictures["a"] = ('"other"', png("red"))
+    assert stored(str(tmp_path / "two"), listed(base)).path == first.path
+
+
+def test_asked_again_with_nothing_changed_no_byte_is_sent(root: str, museum: Museum, base: str) -> None:
+    first, museum.sent = stored(root, listed(base, "ab")), 0
+    again = stored(root, listed(base, "ab"), first.path)
+    assert (again.path, again.new, museum.sent) == ("", 0, 0)
+    assert (again.figures.ok, again.figures.reasons) == (2, {"not_modified": 2})
+
+
+def test_the_same_bytes_without_validators_are_no_change(root: str, base: str) -> None:
+    first = stored(root, listed(base))
+    again = stored(root, listed(base, "c"), first.path)
+    assert (again.new, again.figures.reasons) == (0, {"not_modified": 1})
+
+
+def test_a_changed_picture_is_a_row_and_the_others_are_not(root: str, museum: Museum, base: str) -> None:
+    first = stored(root, listed(base))
+    museum.pictures["a"] = ('"a2"', png("green"))
+    again = stored(root, listed(base, "abc"), first.path)
+    assert states(root, again.path) == {"a": (OK, "ok")}
+    assert again.replaced == {"a"}
+    assert validators.read(Dataset(root).store, again.path) == {"a": Validators('"a2"')}
+
+
+def test_a_new_etag_of_the_same_picture_is_handed_on(root: str, museum: Museum, base: str) -> None:
+    first = stored(root, listed(base))
+    museum.pictures["a"] = ('"a2"', png("red"))
+    again = stored(root, listed(base, "ab"), first.path)
+    assert (again.new, again.said_again) == (0, {first.path: {"a": Validators('"a2"')}})
+
+
+def test_a_picture_that_has_moved_is_asked_for_without_conditions(root: str, museum: Museum, base: str) -> None:
+    first = stored(root, listed(base))
+    museum.pictures["e"], museum.sent = ('"a1"', png("pink")), 0
+    moved = [replace(listed(base, "a")[0], image_url=f"{base}/e")]
+    assert stored(root, moved, first.path).replaced == {"a"}
+    assert museum.sent
+
+
+def test_a_good_picture_stays_when_it_cannot_be_had_but_not_when_it_is_disallowed(root: str, museum: Museum, base: str) -> None:
+    first = stored(root, listed(base))
+    museum.pictures.pop("a")
+    gone = stored(root, listed(base, "ab"), first.path)
+    assert (gone.new, gone.figures.ok, gone.figures.reasons) == (0, 2, {"not_found": 1, "not_modified": 1})
+    museum.headers = {"X-Robots-Tag": "noai"}
+    forbidden = stored(root, listed(base, "b"), first.path)
+    assert states(root, forbidden.path) == {"b": (REJECTED, "disallowed")}
+    assert forbidden.figures.ok == 0
+
+
+def test_a_rejected_work_is_replaced_only_by_something_else(root: str, museum: Museum, base: str) -> None:
+    first = stored(root, listed(base))
+    assert stored(root, listed(base, "d"), first.path).new == 0
+    museum.pictures["d"] = ("", b"<html>soon</html>")
+    second = stored(root, listed(base, "d"), first.path)
+    assert states(root, second.path) == {"d": (REJECTED, "not_a_picture")}
+    museum.pictures["d"] = ("", png("white"))
+    third = stored(root, listed(base, "d"), second.path)
+    assert states(root, third.path) == {"d": (OK, "ok")}
+    assert (third.replaced, third.figures.ok) == ({"d"}, 1)
+
+
+def test_what_the_source_rejects_is_a_row_as_it_is_and_asks_nobody(root: str, museum: Museum) -> None:
+    work = Artwork("x", REJECTED, "no picture", Reason.NO_PICTURE)
+    first = stored(root, [work])
+    assert states(root, first.path) == {"x": (REJECTED, "no_picture")}
+    assert stored(root, [work], first.path).new == 0
+    assert museum.asked == 0
+
+
+def test_the_hosts_whose_robots_txt_a_block_needs() -> None:
+    works = [
+        *listed("https://a.example"),
+        Artwork("x", REJECTED, image_url="https://b.example/x"),
+        Artwork("y", "", image_url="?"),
+    ]
+    assert origins(works, SETTINGS) == {"https://a.example"}
+    assert origins(works, SETTINGS.model_copy(update={"obey_robots": False})) == set()
+    assert (
+        origins([Artwork("z", "", image_url="gs://b/z.png")], Collect(source=Source(kind="folder", location="gs://b"))) == set()
+    )

@@ -1,0 +1,33 @@
+"""What an unfinished stage has stored is remembered, and belongs to what it began from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from momalisa.dataset import Dataset
+from momalisa.dataset.draft import Draft, Entry
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    return Dataset(str(tmp_path))
+
+
+def test_entries_come_back_in_order_until_they_are_cleared(dataset: Dataset) -> None:
+    draft = Draft(dataset.store, "collect", "abc")
+    entries = [Entry("images/2.parquet", ("y", "x")), Entry("images/1.parquet")]
+    for entry in entries:
+        draft.add(entry)
+    draft.add(entries[0])  # a block that was done twice
+    again = Draft(dataset.store, "collect", "abc")
+    assert again.entries() == [Entry("images/1.parquet"), Entry("images/2.parquet", ("x", "y"))]
+    again.clear()
+    assert draft.entries() == []
+
+
+def test_another_origin_or_stage_has_a_draft_of_its_own(dataset: Dataset) -> None:
+    Draft(dataset.store, "collect", "abc").add(Entry("images/1.parquet"))
+    assert Draft(dataset.store, "collect", "abd").entries() == []
+    assert Draft(dataset.store, "captions-x", "abc").entries() == []
