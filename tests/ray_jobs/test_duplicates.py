@@ -29,11 +29,11 @@ def publish(dataset: Dataset, rows: list[dict[str, Any]]) -> None:
 
 def test_parts_leave_out_what_is_excluded(collection: Dataset) -> None:
     images = collection.latest().images
-    parts, total = open_parts(collection.store, images, set(), None, {"w20", "w21", "w00"})
+    parts, total = open_parts(collection, images, set(), None, {"w20", "w21", "w00"})
     assert total == 5
     assert all("w2" not in part["wanted"] and "w00" not in part["wanted"] for part in parts)
     assert len(parts) == 2  # the third table has nothing else
-    assert open_parts(collection.store, images, {"w01"}, None, {"w01"})[1] == 7
+    assert open_parts(collection, images, {"w01"}, None, {"w01"})[1] == 7
 
 
 @pytest.mark.integration
@@ -42,7 +42,7 @@ def test_a_duplicate_gets_no_caption_and_one_captioned_before_is_not_counted(set
     publish(collection, [marked("w12", "w00")])  # the picture that is none
     first = caption.run(settings)
     assert (first["rows_in"], first["rows_out"], first["rejected"], first["duplicates"]) == (7, 7, 0, 1)
-    rows = collection.rows(collection.latest().captions[captioner_id(settings.caption)], ["id"])
+    rows = collection.rows(collection.latest().captions[captioner_id(settings)], ["id"])
     assert {row["id"] for row in rows} == {"w00", "w01", "w02", "w10", "w11", "w20", "w21"}
     publish(collection, [marked("w12", "w00"), marked("w01", "w02")])
     again = caption.run(settings)
