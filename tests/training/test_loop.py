@@ -6,9 +6,11 @@ import json
 import math
 import os
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -229,35 +231,80 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_two_workers_train_as_one(run: Run, tmp_path: Path) -> None:
-    alone = Trainer(run, Events()).train()
-    together = changed(replace(run, store=Store(str(tmp_path / "together"))), workers=2, micro_batch=2)
-    (tmp_path / "run.pickle").write_bytes(pickle.dumps(together))
+def group(run: Run, workers: int, scratch: Path) -> list[list[tuple[int, float]]]:
+    """Train a run with so many processes; every one's losses."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    (scratch / "run.pickle").write_bytes(pickle.dumps(changed(run, workers=workers)))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    workers = [
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(workers), "OMP_NUM_THREADS": "1"}
+    processes = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(tmp_path / "run.pickle")],
+            [sys.executable, "-c", WORKER, str(scratch / "run.pickle")],
             cwd=Path(__file__).parents[2],
-            env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(workers)
     ]
-    printed = [worker.communicate(timeout=120)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0]
-    losses = [json.loads(text.split("losses ", 1)[1]) for text in printed]
-    assert losses[0] == losses[1]  # reduced over the group
+    printed = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * workers
+    return [json.loads(text.split("losses ", 1)[1]) for text in printed]
+
+
+def weights_of(run: Run) -> torch.Tensor:
+    last = checkpoints.read_all(run.store, run.name)[-1]
+    return torch.nn.utils.parameters_to_vector(checkpoints.load_unet(run.store, last).parameters()).detach()
+
+
+@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("micro_batch", [None, 1])
+def test_many_workers_train_as_one(run: Run, tmp_path: Path, workers: int, micro_batch: int | None) -> None:
+    """Three workers share four cells: one of them has two."""
+    alone = Trainer(run, Events()).train()
+    together = changed(replace(run, store=Store(str(tmp_path / "together"))), micro_batch=micro_batch)
+    losses = group(together, workers, tmp_path / "group")
+    assert all(one == losses[0] for one in losses)  # reduced over the group
     assert [images for images, _ in losses[0]] == [images for images, _ in alone.losses]
     assert [loss for _, loss in losses[0]] == pytest.approx([loss for _, loss in alone.losses], rel=1e-5)
-    ours, theirs = (checkpoints.read_all(part.store, run.name)[-1] for part in (run, together))
-    base = checkpoints.load_base_unet(run.diffusion)
-    a, b, start = (
-        torch.nn.utils.parameters_to_vector(unet.parameters()).detach()
-        for unet in (checkpoints.load_unet(run.store, ours), checkpoints.load_unet(together.store, theirs), base)
-    )
-    apart = float((a - b).norm() / (a - start).norm())
-    assert apart < 1e-3
+    start = torch.nn.utils.parameters_to_vector(checkpoints.load_base_unet(run.diffusion).parameters()).detach()
+    ours, theirs = weights_of(run), weights_of(together)
+    assert float((ours - theirs).norm() / (ours - start).norm()) < 1e-3
+
+
+@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_group_goes_on_from_a_checkpoint_bit_by_bit(run: Run, tmp_path: Path, workers: int) -> None:
+    """DDP lays its buckets out anew after a process's first exchange; at four workers the order of sums shows."""
+    places = [tmp_path / "whole", tmp_path / "resumed"]
+    whole, resumed = (replace(run, store=Store(str(place))) for place in places)
+    first = group(whole, workers, tmp_path / "first")
+    shutil.copytree(places[0] / "checkpoints", places[1] / "checkpoints")
+    shutil.rmtree(places[1] / "checkpoints" / run.name / "000000048")
+    assert [one.images_seen for one in checkpoints.read_all(resumed.store, run.name)] == [24]
+    assert group(resumed, workers, tmp_path / "second") == first
+    ends = [checkpoints.read_all(part.store, run.name)[-1] for part in (whole, resumed)]
+    assert ends[0].images_seen == ends[1].images_seen == 48
+    assert ends[0].state == ends[1].state  # sha256 of weights, EMA, optimizer and losses
+    assert ends[0].files == ends[1].files
+
+
+def test_works_of_several_shapes_train_together(run: Run) -> None:
+    """Buckets: each pass holds one shape; every work is seen once an epoch."""
+    moments = [row if index % 3 else torch.cat([row, row], dim=-1) for index, row in enumerate(run.cache.moments)]
+    trainer = Trainer(replace(run, cache=replace(run.cache, moments=moments)), Events())
+    seen: list[str] = []
+    make = trainer.batches.make
+
+    def noted(images_seen: int) -> list[Pass]:
+        parts = make(images_seen)
+        if images_seen < TRAIN.images:
+            seen.extend(work for part in parts for work in part.ids)
+        assert all(len({part.noisy.shape[1:]}) == 1 for part in parts)
+        return parts
+
+    trainer.batches.make = noted  # type: ignore[method-assign]
+    assert trainer.train().images_seen == 48
+    assert len(seen) == 48
+    assert set(Counter(seen).values()) <= {3, 4, 5, 6}  # 48 images of 11 works in cells of two shapes
