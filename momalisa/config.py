@@ -177,6 +177,8 @@ class Train(Section):
     workers: Positive = 2
     min_workers: Positive | None = None
     """Go on with as few as this when nodes are lost, and grow back to `workers` (default: wait for all of them)."""
+    resize_check_s: float = Field(default=60, gt=0)
+    """How often an elastic run looks whether it may grow."""
     cpus_per_worker: float = Field(default=1, gt=0)
     gpus_per_worker: float = Field(default=0, ge=0)
     threads: Positive | None = None

@@ -79,6 +79,8 @@ class Trainer:
         self._forward = torch.compile(self.unet, dynamic=False) if settings.compile else self.unet
         self.ema.to(self.device)
         self.progress = self._resume()
+        if not self.progress.workers or self.progress.workers[-1][1] != self.accelerator.num_processes:
+            self.progress.workers.append((self.progress.images_seen, self.accelerator.num_processes))
         self.batches = Batches(
             settings,
             run.cache,
@@ -230,6 +232,7 @@ class Trainer:
         run, progress = self.run, self.progress
         progress.ema_updates = self.ema.updates
         state = trainer_state.tensors(self.trained, self.ema, self._bare_optimizer)
+        history = {"losses": list(progress.losses), "workers": list(progress.workers)}
         checkpoint = Checkpoint(
             path=f"checkpoints/{run.name}/{progress.images_seen:09d}",
             run=run.name,
@@ -237,7 +240,7 @@ class Trainer:
             base=run.diffusion.model_dump(),
             files={},
             lora=run.train.lora_rank is not None,
-            training={**run.provenance, "settings": run.train.model_dump(mode="json"), "losses": list(progress.losses)},
+            training={**run.provenance, "settings": run.train.model_dump(mode="json"), **history},
         )
         average = {name: state[f"ema/{name}"] for name in self.trained}
         return Snapshot(checkpoint, self.bare_unet, average, state, asdict(progress))

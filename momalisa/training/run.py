@@ -18,6 +18,7 @@ from momalisa.weights import identity, short_id
 SHELL_SETTINGS = {
     "workers",
     "min_workers",
+    "resize_check_s",
     "cpus_per_worker",
     "gpus_per_worker",
     "threads",

@@ -24,6 +24,7 @@ class Progress:
     step: int = 0
     ema_updates: int = 0
     losses: list[tuple[int, float]] = field(default_factory=list)  # (images seen, mean loss since the last entry)
+    workers: list[tuple[int, int]] = field(default_factory=list)  # (images seen, workers from there on)
 
 
 def tensors(parameters: dict[str, torch.nn.Parameter], ema: Ema, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -58,6 +59,7 @@ def restore(directory: Path, parameters: dict[str, torch.nn.Parameter], ema: Ema
             key: moment if key == "step" and not _fused(optimizer) else moment.to(value.device) for key, moment in moments.items()
         }
     progress = Progress(**json.loads((directory / PROGRESS).read_text()))
+    progress.workers = [(int(images), int(workers)) for images, workers in progress.workers]
     progress.losses = [(int(images), float(loss)) for images, loss in progress.losses]
     ema.updates = progress.ema_updates
     return progress
