@@ -11,18 +11,20 @@ A checkpoint without a manifest does not exist; one whose files are not what its
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
 
 from momalisa.config import Diffusion
 from momalisa.storage import Store
 from momalisa.weights import locate
 
 BEST = "refs/best"
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -83,15 +85,30 @@ def read_best(store: Store) -> Checkpoint:
     return read(store, store.read_json(BEST)["checkpoint"])
 
 
-def save_weights(unet: Any, directory: Path, lora: bool) -> None:
-    """Write a UNet, or just its adapters, in the files that plain diffusers loads."""
+def forget_state(store: Store, checkpoint: Checkpoint) -> None:
+    """Keep a checkpoint's weights only. The manifest first: what it does not name is nobody's."""
+    if not checkpoint.state:
+        return
+    store.write_json(f"{checkpoint.path}/manifest.json", asdict(replace(checkpoint, state={})))
+    for name in checkpoint.state:
+        store.delete(f"{checkpoint.path}/state/{name}")
+
+
+def save_weights(unet: Any, directory: Path, values: dict[str, torch.Tensor] | None = None, lora: bool = False) -> None:
+    """Write a UNet, or just its adapters, in the files that plain diffusers loads.
+
+    `values`: parameters by name that are written in place of the UNet's own; all of them, or all adapters' for `lora`.
+    """
     if not lora:
-        unet.save_pretrained(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        unet.save_config(directory)
+        own = {name: value.detach().contiguous() for name, value in (values or unet.state_dict()).items()}
+        save_file(own, directory / WEIGHTS_FILE, metadata={"format": "pt"})
         return
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
-    adapters = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    adapters = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, state_dict=values))
     StableDiffusionPipeline.save_lora_weights(directory, unet_lora_layers=adapters, safe_serialization=True)
 
 

@@ -169,15 +169,23 @@ class Train(Section):
     images: Positive = 20_000
     """The length of the run, in images seen."""
     batch: Positive = 32
-    """The global batch: split evenly over the workers."""
-    accumulation: Positive = 1
-    """Backward passes to one optimizer step, on each worker."""
+    """The global batch: whole cells, dealt to the workers as evenly as can be."""
+    cell: Positive | None = None
+    """Works of one shape that stay together, whatever the number of workers (default: 1 to 4, by the batch)."""
+    micro_batch: Positive | None = None
+    """Most works in one pass through the UNet; a worker with more takes several passes to a step (default: one pass)."""
     workers: Positive = 2
+    min_workers: Positive | None = None
+    """Go on with as few as this when nodes are lost, and grow back to `workers` (default: wait for all of them)."""
+    resize_check_s: float = Field(default=60, gt=0)
+    """How often an elastic run looks whether it may grow."""
     cpus_per_worker: float = Field(default=1, gt=0)
     gpus_per_worker: float = Field(default=0, ge=0)
     threads: Positive | None = None
     """Threads of each worker on a CPU (default: cpus_per_worker)."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    compile: bool = False
+    """Compile the UNet, once for each shape of a batch: minutes at first, then faster steps."""
     learning_rate: float = Field(default=1e-5, gt=0)
     warmup_images: Annotated[int, Field(ge=0)] = 0
     schedule: Literal["constant", "cosine"] = "constant"
@@ -192,6 +200,8 @@ class Train(Section):
     held_out_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Works kept out of training, chosen by the hash of their id: promote measures on them."""
     checkpoint_every_images: Positive = 5_000
+    keep_states: Positive = 2
+    """How many of the newest checkpoints keep what training resumes from (10 GB each for a full fine-tune)."""
     evaluate_every_steps: Positive = 250
     """Pictures of the evaluation prompts, at fixed seeds."""
     evaluation_prompts: tuple[str, ...] = EVALUATION_PROMPTS
@@ -199,15 +209,24 @@ class Train(Section):
     evaluation_guidance: float = Field(default=7.5, ge=1)
     max_failures: Annotated[int, Field(ge=0)] = 2
 
+    @property
+    def cell_size(self) -> int:
+        """`cell`, or by default up to 4 that divide the batch into at least 4 cells."""
+        return self.cell or next((size for size in (4, 3, 2) if self.batch % size == 0 and self.batch >= 4 * size), 1)
+
     @model_validator(mode="after")
     def _divides(self) -> Train:
-        unit = self.workers * self.accumulation
-        if self.batch % unit:
-            near = sorted({max(self.batch // unit, 1) * unit, -(-self.batch // unit) * unit})
+        size = self.cell_size
+        if self.batch % size:
+            near = sorted({max(self.batch // size, 1) * size, -(-self.batch // size) * size})
+            raise ValueError(f"batch={self.batch} is not a multiple of cell={size}; try {' or '.join(map(str, near))}")
+        if self.batch // size < self.workers:
             raise ValueError(
-                f"batch={self.batch} is not a multiple of workers={self.workers} x accumulation={self.accumulation}; "
-                f"try {' or '.join(map(str, near))}"
+                f"batch={self.batch} makes {self.batch // size} cells of {size}, fewer than workers={self.workers}; "
+                f"try batch={self.workers * size}" + (f" or cell={max(self.batch // self.workers, 1)}" if size > 1 else "")
             )
+        if self.min_workers and self.min_workers > self.workers:
+            raise ValueError(f"min_workers={self.min_workers} is more than workers={self.workers}; try {self.workers}")
         return self
 
 

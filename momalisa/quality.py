@@ -43,20 +43,22 @@ def held_out_losses(
     """
     device = next(unet.parameters()).device
     grid = [round((i + 0.5) * len(schedule) / timesteps) for i in range(timesteps)]
-    cells = [(row, t) for row in range(len(cache)) for t in grid]
-    losses = []
-    for start in range(0, len(cells), batch):
-        part = cells[start : start + batch]
-        rows = cache.rows([row for row, _ in part])
-        t = torch.tensor([t for _, t in part])
-        shape = (rows.moments.shape[1] // 2, *rows.moments.shape[2:])
-        sources = [generator(GRID_SEED, sample_id, step) for sample_id, (_, step) in zip(rows.ids, part, strict=True)]
-        latents = sample(rows.moments, torch.stack([torch.randn(shape, generator=s) for s in sources]), scaling_factor)
-        noise = torch.stack([torch.randn(shape, generator=s) for s in sources])
-        text = text_encoder.embed(rows.token_ids.to(device))
-        predicted = unet(schedule.add_noise(latents, noise, t).to(device), t.to(device), text).sample
-        losses.append(loss_per_sample(predicted, noise.to(device)).cpu().double())
-    return torch.cat(losses).view(len(cache), timesteps).mean(dim=1).numpy()
+    losses = np.zeros((len(cache), timesteps))
+    for bucket in cache.buckets():
+        cells = [(row, place) for row in bucket for place in range(timesteps)]
+        for start in range(0, len(cells), batch):
+            part = cells[start : start + batch]
+            rows, t = cache.rows([row for row, _ in part]), torch.tensor([grid[place] for _, place in part])
+            shape = (rows.moments[0].shape[0] // 2, *rows.moments[0].shape[1:])
+            sources = [generator(GRID_SEED, sample_id, step) for sample_id, step in zip(rows.ids, t.tolist(), strict=True)]
+            latents = sample(rows.stacked(), torch.stack([torch.randn(shape, generator=s) for s in sources]), scaling_factor)
+            noise = torch.stack([torch.randn(shape, generator=s) for s in sources])
+            text = text_encoder.embed(rows.token_ids.to(device))
+            predicted = unet(schedule.add_noise(latents, noise, t).to(device), t.to(device), text).sample
+            row_places, column_places = zip(*part, strict=True)
+            losses[list(row_places), list(column_places)] = loss_per_sample(predicted, noise.to(device)).cpu().double().numpy()
+    averaged: np.ndarray = losses.mean(axis=1)
+    return averaged
 
 
 @dataclass(frozen=True)

@@ -63,12 +63,13 @@ def fit(settings: Settings, planned: Plan) -> None:
     connect()
     chosen = settings.train
     resources = {"CPU": chosen.cpus_per_worker} | ({"GPU": chosen.gpus_per_worker} if chosen.gpus_per_worker else {})
+    size: dict[str, Any] = {"num_workers": chosen.workers}
+    if chosen.min_workers:
+        size = {"num_workers": (chosen.min_workers, chosen.workers), "elastic_resize_monitor_interval_s": chosen.resize_check_s}
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"settings": settings, "plan": planned},
-        scaling_config=ScalingConfig(
-            num_workers=chosen.workers, use_gpu=chosen.gpus_per_worker > 0, resources_per_worker=resources
-        ),
+        scaling_config=ScalingConfig(use_gpu=chosen.gpus_per_worker > 0, resources_per_worker=resources, **size),
         run_config=RunConfig(
             name=planned.name,
             storage_path=Store(settings.root).url("ray_train"),

@@ -64,8 +64,9 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ("train: {learning_rate: -1}", ["train.learning_rate", "greater than 0"]),
         ("collect: {source: {kind: louvre}}", ["collect.source.kind", "'moma', 'folder' or 'aic'", "'louvre'"]),
         ("name: Demo Run", ["name", "pattern", "'Demo Run'"]),
-        ("train: {batch: 10, workers: 4}", ["train", "batch=10", "workers=4 x accumulation=1", "try 8 or 12"]),
-        ("train: {batch: 6, workers: 2, accumulation: 4}", ["batch=6", "workers=2 x accumulation=4", "try 8"]),
+        ("train: {batch: 10, cell: 4}", ["train", "batch=10", "not a multiple of cell=4", "try 8 or 12"]),
+        ("train: {batch: 8, cell: 4, workers: 3}", ["batch=8 makes 2 cells of 4", "workers=3", "try batch=12 or cell=2"]),
+        ("train: {workers: 2, min_workers: 3}", ["min_workers=3 is more than workers=2", "try 2"]),
         ("encode: {resolution_px: 100}", ["encode", "resolution_px=100 is not a multiple of 8", "try 104"]),
         ("- train\n- encode", ["expected `section:` entries", "list"]),
         ("just words", ["expected `section:` entries", "str"]),
@@ -232,8 +233,8 @@ def test_dry_run_prints_what_parses_back(answers: dict[str, tuple[int, list[str]
 
 
 def test_a_job_exits_2_on_a_wrong_setting() -> None:
-    command = [sys.executable, "-m", "ray_jobs.train", "--config", "configs/demo.yaml", "--train.batch=31"]
+    command = [sys.executable, "-m", "ray_jobs.train", "--config", "configs/demo.yaml", "--train.cell=3"]
     result = subprocess.run(command, cwd=HOME, capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert "batch=31 is not a multiple of workers=2" in result.stderr
+    assert "batch=32 is not a multiple of cell=3; try 30 or 33" in result.stderr
     assert "Traceback" not in result.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ class LatentCache:
 
     ids: list[str]
     captions: list[str]
-    moments: torch.Tensor  # [N, 2C, H, W] float16: mean, log-variance
+    moments: Sequence[torch.Tensor]  # N of [2C, H, W] float16: mean, log-variance; H and W differ between buckets
     token_ids: torch.Tensor  # [N, L] int64
 
     def __len__(self) -> int:
@@ -29,9 +30,20 @@ class LatentCache:
         return LatentCache(
             ids=[self.ids[i] for i in indices],
             captions=[self.captions[i] for i in indices],
-            moments=self.moments[indices],
+            moments=[self.moments[i] for i in indices],
             token_ids=self.token_ids[indices],
         )
+
+    def stacked(self) -> torch.Tensor:
+        """The moments of rows of one shape: [N, 2C, H, W] float16."""
+        return torch.stack(list(self.moments))
+
+    def buckets(self) -> list[list[int]]:
+        """The rows of each shape, in order of shape."""
+        found: dict[tuple[int, ...], list[int]] = {}
+        for index, moments in enumerate(self.moments):
+            found.setdefault(tuple(moments.shape), []).append(index)
+        return [found[shape] for shape in sorted(found)]
 
 
 def load(dataset: Dataset, tables: Sequence[str]) -> LatentCache:
@@ -40,17 +52,17 @@ def load(dataset: Dataset, tables: Sequence[str]) -> LatentCache:
     if not rows:
         raise ValueError(f"{dataset.store.root}: no work was encoded without an error; see the encode job's rejected rows")
     rows.sort(key=lambda row: row["id"])
-    shapes = {(2 * row["channels"], row["height"], row["width"]) for row in rows}
-    if len(shapes) != 1:
-        raise ValueError(f"{dataset.store.root}: latents of several sizes {sorted(shapes)}; encode them at one resolution")
-    shape = shapes.pop()
-    moments = np.stack([np.frombuffer(row["moments"], dtype="<f2").reshape(shape) for row in rows])
     return LatentCache(
         ids=[row["id"] for row in rows],
         captions=[row["caption"] for row in rows],
-        moments=torch.from_numpy(moments),
+        moments=[_moments(row) for row in rows],
         token_ids=torch.tensor([row["token_ids"] for row in rows], dtype=torch.int64),
     )
+
+
+def _moments(row: dict[str, Any]) -> torch.Tensor:
+    values = np.frombuffer(row["moments"], dtype="<f2").copy()  # a tensor must be able to write
+    return torch.from_numpy(values).view(2 * row["channels"], row["height"], row["width"])
 
 
 def split(cache: LatentCache, held_out_fraction: float) -> tuple[LatentCache, LatentCache]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,22 @@ from accelerate import Accelerator
 from momalisa import checkpoint as checkpoints
 from momalisa.checkpoint import Checkpoint
 from momalisa.config import Diffusion, Train
-from momalisa.diffusion import Schedule, draws, loss_per_sample
-from momalisa.latents import Autoencoder, TextEncoder, sample
+from momalisa.diffusion import Schedule, loss_per_sample
+from momalisa.latents import Autoencoder, TextEncoder
 from momalisa.storage import Store
 from momalisa.training import state as trainer_state
+from momalisa.training.batches import Batches, Pass, Texts
 from momalisa.training.cache import LatentCache
 from momalisa.training.ema import Ema
-from momalisa.training.sampler import Stream, share
 from momalisa.training.state import Progress
+from momalisa.training.writer import Snapshot, Writer
 
 LOG_EVERY = 10  # steps
+EXPLODED = 10.0  # times the median of the losses so far
+
+
+class Diverged(FloatingPointError):
+    """The loss is no number, or has exploded; the message names the works that were in the batch."""
 
 
 @dataclass(frozen=True)
@@ -67,22 +74,46 @@ class Trainer:
         self.ema = Ema(((name, value) for name, value in unet.named_parameters() if value.requires_grad), settings.ema_decay)
         optimizer = torch.optim.AdamW(self.trained.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
         self.text_encoder = TextEncoder.load(run.diffusion, self.device)
-        self.schedule = Schedule.load(run.diffusion)
-        self.scaling_factor = Autoencoder.load(run.diffusion).scaling_factor
-        self.stream = Stream(settings.seed, len(run.cache))
-        self.empty_ids = self.text_encoder.tokenize([""])[0]
         self.unet, self.optimizer = self.accelerator.prepare(unet.train(), optimizer)
         self.bare_unet = self.accelerator.unwrap_model(self.unet)
+        self._forward = torch.compile(self.unet, dynamic=False) if settings.compile else self.unet
         self.ema.to(self.device)
         self.progress = self._resume()
+        if not self.progress.workers or self.progress.workers[-1][1] != self.accelerator.num_processes:
+            self.progress.workers.append((self.progress.images_seen, self.accelerator.num_processes))
+        self.batches = Batches(
+            settings,
+            run.cache,
+            Schedule.load(run.diffusion),
+            Texts(self.text_encoder, run.cache.token_ids, PRECISIONS[settings.precision]),
+            Autoencoder.load(run.diffusion).scaling_factor,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        self.writer = Writer(run.store, settings.keep_states, events.checkpointed)
+        self.gradient_norm: torch.Tensor | float = 0.0
+        if self.accelerator.num_processes > 1:
+            self._rehearse()
+
+    def _rehearse(self) -> None:
+        """One exchange of gradients that are zero. DDP lays out its buckets anew after the first exchange of a process,
+        which changes the order of float sums: so it does that before the first step, of fresh and resumed runs alike.
+        """
+        first = self.batches.make(self.progress.images_seen)[0]
+        self.accelerator.backward(self.loss(replace(first, weights=torch.zeros_like(first.weights))))
+        self.optimizer.zero_grad()
 
     def _resume(self) -> Progress:
-        """Restore the newest checkpoint whose trainer state is whole."""
+        """Restore the newest checkpoint whose trainer state is whole; one that is not is passed over and said."""
         for saved in reversed(checkpoints.read_all(self.run.store, self.run.name)):
             if not saved.state:
                 continue
             with tempfile.TemporaryDirectory(prefix="momalisa-") as scratch:
-                folder = self.run.store.download(f"{saved.path}/state", saved.state, Path(scratch))
+                try:
+                    folder = self.run.store.download(f"{saved.path}/state", saved.state, Path(scratch))
+                except (ValueError, FileNotFoundError) as error:
+                    print(f"train: {error}; going on from the checkpoint before", flush=True)
+                    continue
                 return trainer_state.restore(folder, self.trained, self.ema, self._bare_optimizer)
         return Progress()
 
@@ -92,32 +123,51 @@ class Trainer:
         return bare
 
     def train(self) -> Progress:
-        """Run to the end. Raises FloatingPointError at a loss that is not a number; the last checkpoint stands."""
+        """Run to the end. Raises Diverged at a loss that is no number or has exploded; the last checkpoint stands."""
         settings, progress = self.run.train, self.progress
         recent, began, first = [], time.monotonic(), progress.images_seen
-        while progress.images_seen < settings.images:
-            recent.append(self.step())
-            ends = progress.images_seen >= settings.images
-            if progress.step % LOG_EVERY == 0 or ends or self._checkpoint_due():
-                loss = self._mean(recent)
-                recent.clear()
-                progress.losses.append((progress.images_seen, loss))
-                if self.accelerator.is_main_process:
-                    rate = (progress.images_seen - first) / (time.monotonic() - began)
-                    self.events.logged(
-                        {"loss": loss, "images_seen": progress.images_seen, "images_per_s": rate, "learning_rate": self._rate()}
-                    )
-            self._milestones(ends)
+        try:
+            while progress.images_seen < settings.images:
+                recent.append(self.step())
+                ends = progress.images_seen >= settings.images
+                if progress.step % LOG_EVERY == 0 or ends or self._checkpoint_due():
+                    loss = self._mean(recent)
+                    recent.clear()
+                    progress.losses.append((progress.images_seen, loss))
+                    if self.accelerator.is_main_process:
+                        self._log(loss, (progress.images_seen - first) / (time.monotonic() - began))
+                self._milestones(ends)
+        finally:
+            self.batches.close()
+            self.writer.close()
         return progress
 
+    def _log(self, loss: float, images_per_s: float) -> None:
+        seen = self.progress.images_seen
+        self.events.logged(
+            {
+                "loss": loss,
+                "images_seen": seen,
+                "images_per_s": images_per_s,
+                "learning_rate": self._rate(),
+                "gradient_norm": float(self.gradient_norm),
+            }
+        )
+
     def _mean(self, losses: list[torch.Tensor]) -> float:
-        mean = float(self.accelerator.reduce(torch.stack(losses).mean(), reduction="mean"))
-        if not math.isfinite(mean):
-            raise FloatingPointError(
-                f"the loss is {mean} near {self.progress.images_seen} images; the last checkpoint is whole. "
-                "Try a lower train.learning_rate, or train.precision=bf16"
-            )
-        return mean
+        """The mean over the group and the steps since the last. Raises Diverged, on all workers alike."""
+        steps = self.accelerator.reduce(torch.stack(losses), reduction="mean").tolist()
+        usual = statistics.median([loss for _, loss in self.progress.losses] or [math.inf])
+        for number, loss in enumerate(steps):
+            if not math.isfinite(loss) or loss > EXPLODED * max(usual, 1.0):
+                settings = self.run.train
+                seen = self.progress.images_seen - (len(steps) - number) * settings.batch
+                raise Diverged(
+                    f"the loss is {loss:g} after {seen} images (usual: {usual:.4g}); the last checkpoint is whole. In the batch "
+                    f"were: {', '.join(self.batches.ids(seen))}. Look at these works, or try a lower train.learning_rate "
+                    f"(now {settings.learning_rate:g}) or train.precision=fp32 (now {settings.precision})"
+                )
+        return float(sum(steps) / len(steps))
 
     def _milestones(self, ends: bool) -> None:
         """After a step: pictures of the evaluation prompts and a checkpoint, where they are due."""
@@ -128,7 +178,9 @@ class Trainer:
             self.bare_unet.train()
         if ends or self._checkpoint_due():
             if self.accelerator.is_main_process:
-                self.events.checkpointed(self.save())
+                self.writer.submit(self.snapshot())
+                if ends:
+                    self.writer.settle()
             self.events.synchronise({"loss": progress.losses[-1][1], "images_seen": progress.images_seen})
 
     def _checkpoint_due(self) -> bool:
@@ -137,21 +189,21 @@ class Trainer:
         return seen // settings.checkpoint_every_images > (seen - settings.batch) // settings.checkpoint_every_images
 
     def step(self) -> torch.Tensor:
-        """One optimizer step over one global batch; returns this worker's mean loss, a scalar on the device."""
+        """One optimizer step over one global batch.
+
+        Returns a scalar on the device, whose mean over the workers is the batch's mean loss.
+        """
         settings, progress = self.run.train, self.progress
         for group in self._bare_optimizer.param_groups:
             group["lr"] = self._rate()
-        batch = self.stream.run(progress.images_seen, settings.batch)
-        mine = share(batch, self.accelerator.process_index, self.accelerator.num_processes)
-        micro = len(mine) // settings.accumulation
+        parts = self.batches.at(progress.images_seen)
         total = torch.zeros((), device=self.device)
-        for start in range(0, len(mine), micro):
-            last = start + micro == len(mine)
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.unet):
-                loss = self.loss(mine[start : start + micro])
-                self.accelerator.backward(loss / settings.accumulation)
-            total += loss.detach() / settings.accumulation
-        self.accelerator.clip_grad_norm_(self.trained.values(), settings.max_grad_norm)
+        for number, part in enumerate(parts, 1):
+            with contextlib.nullcontext() if number == len(parts) else self.accelerator.no_sync(self.unet):
+                loss = self.loss(part)
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        self.gradient_norm = self.accelerator.clip_grad_norm_(self.trained.values(), settings.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update()
@@ -159,19 +211,13 @@ class Trainer:
         progress.step += 1
         return total
 
-    def loss(self, samples: list[tuple[int, int]]) -> torch.Tensor:
-        """The weighted loss of samples (epoch, index), a scalar."""
-        rows = self.run.cache.rows([index for _, index in samples])
-        keys = [(epoch, sample_id) for (epoch, _), sample_id in zip(samples, rows.ids, strict=True)]
-        channels, height, width = rows.moments.shape[1] // 2, *rows.moments.shape[2:]
-        drawn = draws(self.run.train.seed, keys, (channels, height, width), len(self.schedule), self.run.train.caption_dropout)
-        latents = sample(rows.moments, drawn.latent_noise, self.scaling_factor)
-        noisy = self.schedule.add_noise(latents, drawn.noise, drawn.timesteps)
-        token_ids = torch.where(drawn.dropped[:, None], self.empty_ids, rows.token_ids)
-        text = self.text_encoder.embed(token_ids.to(self.device))
-        predicted = self.unet(noisy.to(self.device), drawn.timesteps.to(self.device), text).sample
-        weights = self.schedule.weights(drawn.timesteps, self.run.train.min_snr_gamma).to(self.device)
-        return (weights * loss_per_sample(predicted, drawn.noise.to(self.device))).mean()
+    def loss(self, part: Pass) -> torch.Tensor:
+        """The weighted loss of a pass, a scalar: times the workers, because DDP divides their sum by them."""
+        here = part.to(self.device)
+        text = here.text if here.text.dim() == 3 else self.text_encoder.embed(here.text)
+        predicted = self._forward(here.noisy, here.timesteps, text).sample
+        total: torch.Tensor = (here.weights * loss_per_sample(predicted, here.noise)).sum() * self.accelerator.num_processes
+        return total
 
     def _rate(self) -> float:
         """The learning rate at this point, a function of images seen."""
@@ -181,25 +227,26 @@ class Trainer:
             warm *= 0.5 * (1 + math.cos(math.pi * min(1.0, seen / settings.images)))
         return settings.learning_rate * warm
 
-    def save(self) -> Checkpoint:
-        """Write EMA weights and trainer state, then the manifest that makes them a checkpoint."""
+    def snapshot(self) -> Snapshot:
+        """This moment, copied: what becomes a checkpoint."""
         run, progress = self.run, self.progress
         progress.ema_updates = self.ema.updates
-        path = f"checkpoints/{run.name}/{progress.images_seen:09d}"
-        with tempfile.TemporaryDirectory(prefix="momalisa-") as scratch:
-            with self.ema.applied():
-                checkpoints.save_weights(self.bare_unet, Path(scratch) / "weights", lora=run.train.lora_rank is not None)
-            trainer_state.save(Path(scratch) / "state", self.trained, self.ema, self._bare_optimizer, progress)
-            checkpoint = Checkpoint(
-                path=path,
-                run=run.name,
-                images_seen=progress.images_seen,
-                base=run.diffusion.model_dump(),
-                files={},
-                lora=run.train.lora_rank is not None,
-                training={**run.provenance, "settings": run.train.model_dump(mode="json"), "losses": progress.losses},
-            )
-            return checkpoints.write(run.store, checkpoint, Path(scratch) / "weights", Path(scratch) / "state")
+        state = trainer_state.tensors(self.trained, self.ema, self._bare_optimizer)
+        history = {"losses": list(progress.losses), "workers": list(progress.workers)}
+        checkpoint = Checkpoint(
+            path=f"checkpoints/{run.name}/{progress.images_seen:09d}",
+            run=run.name,
+            images_seen=progress.images_seen,
+            base=run.diffusion.model_dump(),
+            files={},
+            lora=run.train.lora_rank is not None,
+            training={**run.provenance, "settings": run.train.model_dump(mode="json"), **history},
+        )
+        average = {name: state[f"ema/{name}"] for name in self.trained}
+        return Snapshot(checkpoint, self.bare_unet, average, state, asdict(progress))
+
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def accelerator(settings: Train, workers: int) -> Accelerator:

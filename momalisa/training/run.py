@@ -17,6 +17,8 @@ from momalisa.weights import identity, short_id
 # Settings that decide how fast a run goes or how often it is looked at, but not its result.
 SHELL_SETTINGS = {
     "workers",
+    "min_workers",
+    "resize_check_s",
     "cpus_per_worker",
     "gpus_per_worker",
     "threads",
@@ -26,8 +28,9 @@ SHELL_SETTINGS = {
     "evaluation_guidance",
     "max_failures",
     "gradient_checkpointing",
-    "accumulation",
+    "micro_batch",
     "checkpoint_every_images",
+    "keep_states",
 }
 
 
@@ -46,7 +49,7 @@ def plan(settings: Settings) -> Plan:
     tables = Dataset(settings.dataset).latest().latents.get(encoder, ())
     if not tables:
         raise ValueError(f"{settings.dataset} holds no latents of encoder {encoder}: run the encode job first")
-    decisive = settings.train.model_dump(exclude=SHELL_SETTINGS)
+    decisive = settings.train.model_dump(exclude=SHELL_SETTINGS) | {"cell": settings.train.cell_size}
     base = identity(settings.diffusion.model, settings.diffusion.revision)
     return Plan(f"{settings.name}-{short_id(decisive, base, sorted(tables))}", encoder, tuple(sorted(tables)))
 

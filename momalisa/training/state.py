@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,37 +24,42 @@ class Progress:
     step: int = 0
     ema_updates: int = 0
     losses: list[tuple[int, float]] = field(default_factory=list)  # (images seen, mean loss since the last entry)
+    workers: list[tuple[int, int]] = field(default_factory=list)  # (images seen, workers from there on)
 
 
-def save(
-    directory: Path, parameters: dict[str, torch.nn.Parameter], ema: Ema, optimizer: torch.optim.Optimizer, progress: Progress
-) -> None:
-    """Write both files into a directory. Parameters are named; the optimizer's state follows their names."""
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = {f"model/{name}": value.detach().contiguous() for name, value in parameters.items()}
-    tensors |= {f"ema/{name}": value.contiguous() for name, value in ema.shadow.items()}
+def tensors(parameters: dict[str, torch.nn.Parameter], ema: Ema, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Copies on the CPU of all that training resumes from. Parameters are named; the optimizer's state follows them."""
+    found: dict[str, torch.Tensor] = {f"model/{name}": value for name, value in parameters.items()}
+    found |= {f"ema/{name}": value for name, value in ema.shadow.items()}
     for name, value in parameters.items():
         for key, moment in optimizer.state[value].items():
-            tensors[f"optimizer/{key}/{name}"] = moment.detach().contiguous()
-    save_file(tensors, directory / TENSORS)
-    (directory / PROGRESS).write_text(json.dumps(asdict(progress)))
+            found[f"optimizer/{key}/{name}"] = moment
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in found.items()}
+
+
+def write(directory: Path, found: dict[str, torch.Tensor], progress: dict[str, Any]) -> None:
+    """Both files, into a directory of their own."""
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(found, directory / TENSORS)
+    (directory / PROGRESS).write_text(json.dumps(progress))
 
 
 @torch.no_grad()
 def restore(directory: Path, parameters: dict[str, torch.nn.Parameter], ema: Ema, optimizer: torch.optim.Optimizer) -> Progress:
     """Put a saved state back. Raises ValueError where it belongs to another model."""
-    tensors = load_file(directory / TENSORS)
-    saved = {name.removeprefix("model/") for name in tensors if name.startswith("model/")}
+    found = load_file(directory / TENSORS)
+    saved = {name.removeprefix("model/") for name in found if name.startswith("model/")}
     if saved != set(parameters):
         raise ValueError(f"{directory} holds the state of another model ({len(saved)} parameters, expected {len(parameters)})")
     for name, value in parameters.items():
-        value.copy_(tensors[f"model/{name}"])
-        ema.shadow[name].copy_(tensors[f"ema/{name}"])
-        moments = {key: tensors[f"optimizer/{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        value.copy_(found[f"model/{name}"])
+        ema.shadow[name].copy_(found[f"ema/{name}"])
+        moments = {key: found[f"optimizer/{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
         optimizer.state[value] = {
             key: moment if key == "step" and not _fused(optimizer) else moment.to(value.device) for key, moment in moments.items()
         }
     progress = Progress(**json.loads((directory / PROGRESS).read_text()))
+    progress.workers = [(int(images), int(workers)) for images, workers in progress.workers]
     progress.losses = [(int(images), float(loss)) for images, loss in progress.losses]
     ema.updates = progress.ema_updates
     return progress

@@ -55,10 +55,11 @@ def test_good_rows_of_all_tables_by_id(dataset: Dataset) -> None:
     found = caches.load(dataset, tables)
     assert found.ids == ["a", "b", "c"]
     assert found.captions[2] == "A MOMA artwork of: c"
-    assert found.moments.shape == (3, 4, 2, 2)
-    assert found.moments.dtype == torch.float16
-    assert found.moments[:, 0, 0, 0].tolist() == [1, 2, 3]
-    assert found.moments[1, 2:].unique().tolist() == [-1]
+    moments = found.stacked()
+    assert moments.shape == (3, 4, 2, 2)
+    assert moments.dtype == torch.float16
+    assert moments[:, 0, 0, 0].tolist() == [1, 2, 3]
+    assert moments[1, 2:].unique().tolist() == [-1]
     assert found.token_ids.tolist() == [[1, 1, 2], [1, 2, 2], [1, 3, 2]]
 
 
@@ -68,10 +69,11 @@ def test_nothing_good_is_an_error(dataset: Dataset) -> None:
         caches.load(dataset, [table])
 
 
-def test_latents_of_several_sizes_are_an_error(dataset: Dataset) -> None:
-    table = dataset.put_rows("latents/x", [row("a", 1), row("b", 2, side=3)], LATENTS)
-    with pytest.raises(ValueError, match=r"several sizes \[\(4, 2, 2\), \(4, 3, 3\)\]"):
-        caches.load(dataset, [table])
+def test_latents_of_several_sizes_are_several_buckets(dataset: Dataset) -> None:
+    rows = [row("a", 1), row("b", 2, side=3), row("c", 4)]
+    found = caches.load(dataset, [dataset.put_rows("latents/x", rows, LATENTS)])
+    assert found.buckets() == [[0, 2], [1]]
+    assert found.rows([0, 2]).stacked()[:, 0, 0, 0].tolist() == [1, 4]
 
 
 @settings(deadline=None)
@@ -84,7 +86,7 @@ def test_a_split_is_a_partition_with_at_least_one_on_each_side(names: list[str],
     for side in (training, held_out):  # rows stay whole
         again = cache_of(side.ids)
         assert side.captions == again.captions
-        assert torch.equal(side.moments, again.moments)
+        assert torch.equal(side.stacked(), again.stacked())
         assert torch.equal(side.token_ids, again.token_ids)
 
 

@@ -44,7 +44,7 @@ def test_the_same_settings_are_the_same_run(settings: Settings) -> None:
     assert len(planned.tables) == 2
 
 
-@pytest.mark.parametrize("change", [{"workers": 4}, {"accumulation": 2}, {"evaluate_every_steps": 1}, {"max_failures": 9}])
+@pytest.mark.parametrize("change", [{"workers": 4}, {"micro_batch": 2}, {"evaluate_every_steps": 1}, {"max_failures": 9}])
 def test_how_it_runs_does_not_name_it(settings: Settings, change: dict[str, Any]) -> None:
     assert runs.plan(trained(settings, **change)) == runs.plan(settings)
 

@@ -1,4 +1,4 @@
-"""Each sample once an epoch, the same stream whatever the batch, and every worker its own part."""
+"""Each sample once an epoch, the same cells whoever shares them, and no cell mixes shapes."""
 
 from __future__ import annotations
 
@@ -7,41 +7,68 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from momalisa.training.sampler import Stream, share
+from momalisa.training.sampler import Cell, Cells, deal, passes
 
-seeds, counts = st.integers(0, 2**32), st.integers(1, 40)
+seeds, sizes = st.integers(0, 2**32), st.integers(1, 7)
+counts = st.lists(st.integers(1, 17), min_size=1, max_size=4)
+
+
+def buckets_of(works: list[int]) -> list[list[int]]:
+    """Buckets of so many works each, numbered through."""
+    firsts = [sum(works[:place]) for place in range(len(works))]
+    return [list(range(first, first + count)) for first, count in zip(firsts, works, strict=True)]
 
 
 @settings(deadline=None)
-@given(seed=seeds, count=counts, batch=st.integers(1, 50), epochs=st.integers(1, 3))
-def test_each_sample_exactly_once_an_epoch_at_any_batch_size(seed: int, count: int, batch: int, epochs: int) -> None:
-    stream, seen = Stream(seed, count), []
-    while len(seen) < epochs * count:
-        seen += stream.run(len(seen), batch)
+@given(seed=seeds, works=counts, size=sizes, epochs=st.integers(1, 4))
+def test_every_work_is_seen_exactly_once_an_epoch_of_its_bucket(seed: int, works: list[int], size: int, epochs: int) -> None:
+    cells = Cells(seed, buckets_of(works), size)
+    seen = Counter(sample for cell in cells.run(0, cells._first(epochs)) for sample in cell.samples)
     for epoch in range(epochs):
-        part = seen[epoch * count : (epoch + 1) * count]
-        assert Counter(part) == Counter((epoch, sample) for sample in range(count))
+        assert all(seen[(epoch, index)] == 1 for index in range(sum(works)))
+    assert sum(seen.values()) < epochs * sum(works) + size * len(works)  # no more than each bucket's last cell needs
 
 
 @settings(deadline=None)
-@given(seed=seeds, count=counts, sizes=st.lists(st.integers(0, 30), max_size=6))
-def test_the_stream_does_not_know_how_it_is_cut(seed: int, count: int, sizes: list[int]) -> None:
-    stream, whole = Stream(seed, count), []
-    for size in sizes:
-        whole += stream.run(len(whole), size)
-    assert whole == stream.run(0, sum(sizes))
+@given(seed=seeds, works=counts, size=sizes, cuts=st.lists(st.integers(0, 9), max_size=6))
+def test_the_sequence_does_not_know_how_it_is_cut(seed: int, works: list[int], size: int, cuts: list[int]) -> None:
+    whole: list[Cell] = []
+    for cut in cuts:
+        whole += Cells(seed, buckets_of(works), size).run(len(whole), cut)
+    assert whole == Cells(seed, buckets_of(works), size).run(0, sum(cuts))
 
 
-@given(batch=st.lists(st.tuples(st.integers(), st.integers()), max_size=12), workers=st.integers(1, 6))
-def test_shares_are_a_partition_in_order(batch: list[tuple[int, int]], workers: int) -> None:
-    batch = batch * workers
-    shares = [share(batch, rank, workers) for rank in range(workers)]
-    assert [item for part in shares for item in part] == batch
-    assert len({len(part) for part in shares}) == 1
+@settings(deadline=None)
+@given(seed=seeds, works=counts, size=sizes, start=st.integers(0, 500))
+def test_a_cell_holds_works_of_one_bucket(seed: int, works: list[int], size: int, start: int) -> None:
+    buckets = buckets_of(works)
+    for cell in Cells(seed, buckets, size).run(start, 5):
+        assert len(cell.samples) == size
+        assert {index for _, index in cell.samples} <= set(buckets[cell.bucket])
 
 
-def test_the_order_changes_with_epoch_and_seed() -> None:
-    orders = [Stream(seed, 30).order(epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
-    assert len({tuple(order) for order in orders}) == 3
-    assert Stream(0, 30).order(1) == orders[1]
-    assert orders[0] != list(range(30))
+@given(cells=st.integers(0, 20), workers=st.integers(1, 6))
+def test_dealing_is_an_even_partition(cells: int, workers: int) -> None:
+    batch = [Cell(0, ((0, number),)) for number in range(cells)]
+    hands = [deal(batch, rank, workers) for rank in range(workers)]
+    assert Counter(cell for hand in hands for cell in hand) == Counter(batch)
+    assert max(map(len, hands)) - min(map(len, hands)) <= 1
+
+
+@settings(deadline=None)
+@given(seed=seeds, works=counts, size=sizes, most=st.one_of(st.none(), st.integers(1, 9)))
+def test_passes_hold_every_sample_once_and_one_shape_each(seed: int, works: list[int], size: int, most: int | None) -> None:
+    buckets = buckets_of(works)
+    bucket_of = {index: place for place, bucket in enumerate(buckets) for index in bucket}
+    batch = Cells(seed, buckets, size).run(3, 6)
+    found = passes(batch, most)
+    assert Counter(sample for part in found for sample in part) == Counter(s for cell in batch for s in cell.samples)
+    assert all(len({bucket_of[index] for _, index in part}) == 1 for part in found)
+    assert all(len(part) <= (most or 10**9) for part in found)
+
+
+def test_order_and_mixture_change_with_epoch_and_seed() -> None:
+    buckets = buckets_of([40, 40])
+    epochs = [Cells(seed, buckets, 4).run(first, 20) for seed, first in ((0, 0), (0, 20), (1, 0))]
+    assert len({tuple(sample for cell in cells for _, sample in cell.samples) for cells in epochs}) == 3
+    assert len({tuple(cell.bucket for cell in cells) for cells in epochs}) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def advance(made: Parts, steps: int, first: int = 0) -> None:
 def test_a_round_trip_goes_on_bit_by_bit(tmp_path: Path) -> None:
     whole, resumed = parts(1), parts(2)
     advance(whole, 3)
-    state.save(tmp_path, *whole, Progress(96, 3, whole[1].updates, [(96, 0.1 + 0.2)]))
+    state.write(tmp_path, state.tensors(*whole), asdict(Progress(96, 3, whole[1].updates, [(96, 0.1 + 0.2)])))
     progress = state.restore(tmp_path, *resumed)
     assert progress == Progress(96, 3, 3, [(96, 0.1 + 0.2)])
     advance(whole, 4, first=3)
@@ -51,14 +52,14 @@ def test_a_round_trip_goes_on_bit_by_bit(tmp_path: Path) -> None:
 def test_no_pickle_is_written(tmp_path: Path) -> None:
     made = parts(1)
     advance(made, 1)
-    state.save(tmp_path, *made, Progress())
+    state.write(tmp_path, state.tensors(*made), asdict(Progress()))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["progress.json", "trainer.safetensors"]
 
 
 def test_the_state_of_another_model_is_refused_and_nothing_is_touched(tmp_path: Path) -> None:
     made, other = parts(1), parts(2)
     advance(made, 1)
-    state.save(tmp_path, *made, Progress())
+    state.write(tmp_path, state.tensors(*made), asdict(Progress()))
     renamed = {"lora." + name: value for name, value in other[0].items()}
     before = [value.clone() for value in renamed.values()]
     with pytest.raises(ValueError, match=r"the state of another model \(4 parameters, expected 4\)"):
