@@ -36,7 +36,8 @@ def test_clip_tokenizes_any_text_and_knows_all_of_it(clip_tokenizer: CLIPTokeniz
     assert ids[0] == clip_tokenizer.bos_token_id
     assert max(ids) < len(clip_tokenizer)
     words = list(ids[1 : ids.index(clip_tokenizer.eos_token_id)])
-    assert bool(words) == bool("".join(text.lower().split()).strip("\x00")) or "<|" in text
+    assert words or not any(character.isalnum() for character in text)
+    assert text or not words
 
 
 @settings(deadline=None)
