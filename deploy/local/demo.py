@@ -124,9 +124,25 @@ def submit_pipeline() -> None:
     say(f"submitting the pipeline; watch it at {DASHBOARD}")
     job = ["python", "-m", "ray_jobs.pipeline", "--config", "configs/demo.yaml", f"--root={OUT}"]
     source = f"--collect.source.location={WING}/collection.csv"
-    submit = [str(BIN / "ray"), "job", "submit", "--address", DASHBOARD, "--runtime-env", "runtime_env.yaml", "--", *job, source]
-    if subprocess.run(submit, cwd=HOME, check=False).returncode:
-        raise SystemExit("demo: the pipeline failed; its log is above and in the dashboard")
+    name, ray = f"demo-{time.time_ns()}", [str(BIN / "ray"), "job"]
+    how = ["--address", DASHBOARD, "--runtime-env", "runtime_env.yaml", "--no-wait", "--submission-id", name]
+    for _ in range(30):  # the dashboard answers before the agent that starts jobs does
+        begun = subprocess.run([*ray, "submit", *how, "--", *job, source], cwd=HOME, capture_output=True, text=True, check=False)
+        if begun.returncode == 0 or "No available agent" not in begun.stdout + begun.stderr:
+            break
+        time.sleep(2)
+    if begun.returncode:
+        raise SystemExit(f"demo: the pipeline was not accepted:\n{begun.stdout}{begun.stderr}")
+    subprocess.run([*ray, "logs", "--address", DASHBOARD, "--follow", name], cwd=HOME, check=False)
+    while (status := job_status(name)) in {"PENDING", "RUNNING"}:
+        time.sleep(0.5)
+    if status != "SUCCEEDED":
+        raise SystemExit(f"demo: the pipeline ended as {status}; its log is above and in the dashboard")
+
+
+def job_status(name: str) -> str:
+    with urllib.request.urlopen(f"{DASHBOARD}/api/jobs/{name}", timeout=10) as response:
+        return str(json.load(response)["status"])
 
 
 def deploy() -> str:
