@@ -103,7 +103,10 @@ def start_ray() -> None:
     free(DASHBOARD_PORT, "MOMALISA_DASHBOARD_PORT")
     say("starting Ray")
     address = ["--node-ip-address=127.0.0.1", f"--port={GCS_PORT}"]
-    dashboard = ["--dashboard-host=127.0.0.1", f"--dashboard-port={DASHBOARD_PORT}", "--disable-usage-stats"]
+    with socket.socket() as probe:  # the agent's usual port may be another Ray's; then no job could be submitted
+        probe.bind(("127.0.0.1", 0))
+        agent = f"--dashboard-agent-listen-port={probe.getsockname()[1]}"
+    dashboard = ["--dashboard-host=127.0.0.1", f"--dashboard-port={DASHBOARD_PORT}", agent, "--disable-usage-stats"]
     size = [f"--num-cpus={max(4, os.cpu_count() or 1)}", "--object-store-memory=500000000"]
     path = f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"  # a job's `python` is this one
     start("ray", [str(BIN / "ray"), "start", "--head", "--block", *address, *dashboard, *size], {"PATH": path})
