@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.faulty import Faulty
+
+
+@pytest.fixture(autouse=True)
+def _one_accelerator_a_test() -> Iterator[None]:
+    """Accelerate keeps its precision for the whole process."""
+    yield
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

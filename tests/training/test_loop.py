@@ -11,14 +11,13 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from momalisa import checkpoint as checkpoints
 from momalisa.checkpoint import Checkpoint
@@ -40,12 +39,6 @@ TRAIN = Train(
     checkpoint_every_images=24,
     evaluate_every_steps=4,
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_accelerator_a_test() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
