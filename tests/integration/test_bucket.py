@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from uuid import uuid4
 
@@ -16,7 +14,6 @@ from momalisa.dataset import Dataset
 from momalisa.miniature.wing import further_works
 from momalisa.records import OK
 from momalisa.storage import Store
-from tests.faulty import Faulty
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -75,22 +72,3 @@ def test_from_bucket_to_bucket_without_a_local_copy(museum: str, tmp_path: Path)
     assert not [path for path in scratch.rglob("*") if path.suffix in {".png", ".jpg", ".parquet"}]
     again = job("collect", museum, scratch)
     assert "nothing new" in again.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_a_minute_of_503_and_429_fails_nothing(museum: str, faulty: Faulty, tmp_path: Path) -> None:
-    """The bucket answers nothing else for the first minute of each stage."""
-    hashes = []
-    for stormy in (False, True):
-        place = f"{museum}/{'stormy' if stormy else 'calm'}"
-        for stage in STAGES:
-            if stormy:
-                faulty.mode = "storm"
-                threading.Timer(60, lambda: setattr(faulty, "mode", "")).start()
-            began, asked = time.monotonic(), faulty.asked
-            done = job(stage, museum, tmp_path, f"--root={place}")
-            assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
-            assert not stormy or (faulty.asked > asked and time.monotonic() - began > 50)
-        hashes.append(Dataset(f"{place}/dataset").latest().sha256)
-    assert hashes[0] == hashes[1]
