@@ -1,0 +1,119 @@
+"""Settings of train and promote, and of the base model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from momalisa.config.section import EVALUATION_PROMPTS, Fraction, Positive, Section
+
+
+class Diffusion(Section):
+    """The base model that is fine-tuned and served."""
+
+    model: str = "CompVis/stable-diffusion-v1-4"
+    revision: str | None = None
+    variant: str | None = None
+    """A weight variant on the hub, such as fp16."""
+
+
+class Wandb(Section):
+    project: str = "momalisa"
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online when WANDB_API_KEY is set, else offline."""
+
+
+class Train(Section):
+    """train: cached latents -> checkpoints."""
+
+    seed: int = 0
+    images: Positive = 20_000
+    """The length of the run, in images seen."""
+    batch: Positive = 32
+    """The global batch: whole cells, dealt to the workers as evenly as can be."""
+    cell: Positive | None = None
+    """Works of one shape that stay together, whatever the number of workers (default: 1 to 4, by the batch)."""
+    micro_batch: Positive | None = None
+    """Most works in one pass through the UNet; a worker with more takes several passes to a step (default: one pass)."""
+    workers: Positive = 2
+    min_workers: Positive | None = None
+    """Go on with as few as this when nodes are lost, and grow back to `workers` (default: wait for all of them)."""
+    resize_check_s: float = Field(default=60, gt=0)
+    """How often an elastic run looks whether it may grow."""
+    cpus_per_worker: float = Field(default=1, gt=0)
+    gpus_per_worker: float = Field(default=0, ge=0)
+    threads: Positive | None = None
+    """Threads of each worker on a CPU (default: cpus_per_worker)."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    compile: bool = False
+    """Compile the UNet, once for each shape of a batch: minutes at first, then faster steps."""
+    learning_rate: float = Field(default=1e-5, gt=0)
+    warmup_images: Annotated[int, Field(ge=0)] = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    weight_decay: float = Field(default=1e-2, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    caption_dropout: Fraction = 0.1
+    min_snr_gamma: float | None = Field(default=5.0, gt=0)
+    lora_rank: Positive | None = None
+    """Train low-rank adapters of this rank on the attention layers instead of all weights."""
+    gradient_checkpointing: bool = False
+    held_out_fraction: float = Field(default=0.1, gt=0, lt=1)
+    """Works kept out of training, chosen by the hash of their id: promote measures on them."""
+    checkpoint_every_images: Positive = 5_000
+    keep_states: Positive = 2
+    """How many of the newest checkpoints keep what training resumes from (10 GB each for a full fine-tune)."""
+    evaluate_every_steps: Positive = 250
+    """Pictures of the evaluation prompts, at fixed seeds."""
+    evaluation_prompts: tuple[str, ...] = EVALUATION_PROMPTS
+    evaluation_steps: Positive = 20
+    evaluation_guidance: float = Field(default=7.5, ge=1)
+    max_failures: Annotated[int, Field(ge=0)] = 2
+
+    @property
+    def cell_size(self) -> int:
+        """`cell`, or by default up to 4 that divide the batch into at least 4 cells."""
+        return self.cell or next((size for size in (4, 3, 2) if self.batch % size == 0 and self.batch >= 4 * size), 1)
+
+    @model_validator(mode="after")
+    def _divides(self) -> Train:
+        size = self.cell_size
+        if self.batch % size:
+            near = sorted({max(self.batch // size, 1) * size, -(-self.batch // size) * size})
+            raise ValueError(f"batch={self.batch} is not a multiple of cell={size}; try {' or '.join(map(str, near))}")
+        if self.batch // size < self.workers:
+            raise ValueError(
+                f"batch={self.batch} makes {self.batch // size} cells of {size}, fewer than workers={self.workers}; "
+                f"try batch={self.workers * size}" + (f" or cell={max(self.batch // self.workers, 1)}" if size > 1 else "")
+            )
+        if self.min_workers and self.min_workers > self.workers:
+            raise ValueError(f"min_workers={self.min_workers} is more than workers={self.workers}; try {self.workers}")
+        return self
+
+
+class Promote(Section):
+    """promote: measure every checkpoint, choose, and move `refs/best`."""
+
+    timesteps: Positive = 10
+    """Timesteps of the held-out grid, evenly spread."""
+    max_pictures: Positive = 64
+    """Held-out pictures at most."""
+    distance_pictures: Annotated[int, Field(ge=0)] = 0
+    """Pictures generated for the distance to the collection (MMD); 0: leave it out."""
+    distance_steps: Positive = 12
+    guidance_scale: float = Field(default=7.5, ge=1)
+    """Of the pictures that promote generates."""
+    clip_model: str | None = None
+    clip_revision: str | None = None
+    reference: Literal["collection", "wing"] = "collection"
+    """What generated pictures are compared with: held-out works, or further works of the miniature museum."""
+    batch: Positive = 32
+    cpus_per_task: float = Field(default=1, gt=0)
+    gpus_per_task: float = Field(default=0, ge=0)
+    tasks: Positive = 2
+    """Pieces that the pictures of one model are generated in, side by side."""
+    contact_prompts: tuple[str, ...] = EVALUATION_PROMPTS
+    """Drawn by the base and by the best checkpoint at equal seeds, side by side."""
+    allow_worse: bool = False
+    """Promote the best checkpoint even where its held-out loss is not below the base's."""
