@@ -1,23 +1,21 @@
 """download: pictures a second, ours and img2dataset's, from one server on this machine, on the same cores, in alternation.
 
     python -m venv /tmp/peer && /tmp/peer/bin/pip install img2dataset==1.47.0
-    python bench/download.py --peer-python /tmp/peer/bin/python [--mode checked] [--record]
+    python bench/download.py --peer-python /tmp/peer/bin/python [--peer default] [--record]
 
-Both sides fetch the same JPEG files (about 100 KB each) with as many processes and connections, hash them (SHA-256), look
-at X-Robots-Tag, and write Parquet. What else they do depends on the mode:
+Both sides fetch the same JPEG files (about 100 KB each, 1024x768) with as many processes and connections, look at
+X-Robots-Tag, hash what they fetch (SHA-256), and write Parquet.
 
-    checked   ours: decodes every byte with Pillow,    peer: decodes with OpenCV, stores what it fetched
-              at an eighth of the size, stores what    (skip_reencode)
-              it fetched
-    stored    ours: reads the header with Pillow       peer: looks at nothing (disable_all_reencoding)
-    cleaned   ours: the whole of `collect`'s block:    peer: decodes and encodes again, quality 95, 4:2:0, with
-              decodes, judges, encodes again at        OpenCV (its default)
-              quality 95, 4:4:4
+    ours             the block that a task of the collect job runs, with the job's own settings: robots.txt read and every URL
+                     judged by it, addresses resolved and judged, a turn waited for at the host (its caps are set so high that
+                     they do not bind); then hygiene: the header is judged, every bit decoded at an eighth of the size,
+                     metadata taken out, a perceptual hash and a thumbnail made. A clean JPEG keeps its coded pixels.
+    peer: default    img2dataset as it comes, without resizing: decodes with OpenCV, encodes again (quality 95, 4:2:0)
+    peer: kept       img2dataset with skip_reencode: decodes with OpenCV, stores what it fetched
 
-Ours reads robots.txt and judges every URL by it, resolves and judges addresses, and waits for its turn at a host, whose
-caps are set so high that they do not bind. img2dataset does none of these. The rate is taken where it is the same for
-both: by the server, from the first request for a picture to the last, so that neither start-up nor imports count. Ray is
-not part of it. The last line is one JSON object; --record adds it to bench/RESULTS.md.
+img2dataset reads no robots.txt, judges no address, waits for no turn, and finds no duplicates. The rate is taken where it
+is the same for both: by the server, from the first request for a picture to the last, so that neither start-up nor imports
+count. Ray is not part of it: it brings a block of works to a process and its summary back. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -25,7 +23,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import hashlib
 import io
 import json
 import multiprocessing
@@ -37,17 +34,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
-MODES = ("checked", "stored", "cleaned")
+from results import parser, processor, report
+
+PEERS = ("default", "kept")
 DIFFERENT = 64  # pictures; the server gives them many names
 TARGET = 1.5
-BLOCK = 64
-HEADER = "# Results\n\nFigures per second, ours and the peer's in the same run.\n\n"
-TITLES = "| date | claim | ours | peer | ratio | hardware |\n|---|---|---|---|---|---|\n"
-RESULTS = Path(__file__).with_name("RESULTS.md")
 PEER = """
 import json, sys
 from img2dataset import download
@@ -138,63 +132,34 @@ def rate(base: str, pictures: int) -> float:
     return (count - 1) / (last - first)
 
 
-def our_worker(mode: str, urls: list[str], root: str, connections: int, index: int, of: int) -> int:
+def our_worker(urls: list[str], root: str, connections: int, index: int, of: int) -> int:
     """What one of our processes does; returns how many pictures it stored."""
     from momalisa.collect.block import store_block
-    from momalisa.collect.downloader import Downloader
-    from momalisa.collect.fetched import Fetched
     from momalisa.collect.hosts import Hosts
     from momalisa.collect.pace import Share
     from momalisa.config import Collect
-    from momalisa.dataset import Dataset
-    from momalisa.records import IMAGES, OK, Artwork
+    from momalisa.records import Artwork
 
     settings = Collect(allow_private_addresses=True, requests_per_second=1e6)
-    share, hosts, stored = Share(connections, index, of), Hosts(), 0
-    for start in range(0, len(urls), BLOCK):
-        works = [Artwork(f"{index}-{start + place}", "", image_url=url) for place, url in enumerate(urls[start : start + BLOCK])]
-        if mode == "cleaned":
-            block = store_block(root, works, settings, share, hosts, {})
-            hosts, stored = block.figures.hosts, stored + block.figures.ok
-            continue
-        rows: list[dict[str, Any]] = []
-
-        def keep(place: int, fetched: Fetched, works: list[Artwork] = works, rows: list[dict[str, Any]] = rows) -> None:
-            width, height = picture_size(fetched.data, decode=mode == "checked")
-            sha256 = hashlib.sha256(fetched.data).hexdigest()
-            facts = {"status": OK, "reason": "ok", "bytes": fetched.data, "sha256": sha256, "width": width, "height": height}
-            rows.append({**works[place].row(), **facts})
-
-        downloader = Downloader(settings, share, hosts)
-        asyncio.run(downloader.fetch_all([work.image_url for work in works], keep))
-        Dataset(root).put_rows("images", rows, IMAGES)
-        hosts, stored = downloader.hosts, stored + len(rows)
+    share, hosts, stored, size = Share(connections, index, of), Hosts(), 0, settings.block_size
+    for start in range(0, len(urls), size):
+        works = [Artwork(f"{index}-{start + place}", "", image_url=url) for place, url in enumerate(urls[start : start + size])]
+        figures = store_block(root, works, settings, share, hosts, {}).figures
+        hosts, stored = figures.hosts, stored + figures.ok
     return stored
 
 
-def picture_size(data: bytes, decode: bool) -> tuple[int, int]:
-    """Raises an error of Pillow's for what is no picture."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
-        size = image.size
-        if decode:
-            image.draft(None, (1, 1))  # all of its bits are read, an eighth of its pixels made
-            image.load()
-        return size
-
-
-def ours(mode: str, base: str, pictures: int, processes: int, connections: int, folder: Path) -> int:
+def ours(base: str, pictures: int, processes: int, connections: int, folder: Path) -> int:
     """Run our side; returns how many pictures are in its Parquet files."""
     urls = [f"{base}/{number}.jpg" for number in range(pictures)]
     share = connections // processes
-    jobs = [(mode, urls[index::processes], str(folder), share, index, processes) for index in range(processes)]
+    jobs = [(urls[index::processes], str(folder), share, index, processes) for index in range(processes)]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         return sum(pool.starmap(our_worker, jobs))
 
 
-def theirs(mode: str, base: str, pictures: int, processes: int, connections: int, folder: Path, python: str) -> int:
-    """Run img2dataset; returns how many pictures are in its Parquet files."""
+def theirs(kept: bool, python: str, base: str, pictures: int, processes: int, connections: int, folder: Path) -> int:
+    """Run img2dataset, by default or so that what is fetched is `kept`; returns how many pictures are in its Parquet files."""
     import pyarrow.parquet as pq
 
     folder.mkdir(parents=True)
@@ -204,8 +169,7 @@ def theirs(mode: str, base: str, pictures: int, processes: int, connections: int
         "url_list": str(names), "output_folder": str(folder / "out"), "output_format": "parquet", "input_format": "txt",
         "processes_count": processes, "thread_count": connections // processes, "resize_mode": "no", "encode_quality": 95,
         "number_sample_per_shard": max(1, pictures // (3 * processes)), "incremental_mode": "incremental",
-        "extract_exif": False, "compute_hash": "sha256", "disable_all_reencoding": mode == "stored",
-        "skip_reencode": mode == "checked", "timeout": 30,
+        "extract_exif": False, "compute_hash": "sha256", "skip_reencode": kept, "timeout": 30,
     }  # fmt: skip
     script = folder / "peer.py"
     script.write_text(PEER)
@@ -219,65 +183,48 @@ def theirs(mode: str, base: str, pictures: int, processes: int, connections: int
     return sum(table["status"].to_pylist().count("success") for table in tables)
 
 
-def compare(mode: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One mode, both sides in alternation; the median of each."""
-    rates: dict[str, list[float]] = {"ours": [], "peer": []}
+def compare(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """All sides in alternation; the median of ours beside that of each peer."""
+    sides = ["ours", *(options.peer or PEERS)]
+    rates: dict[str, list[float]] = {side: [] for side in sides}
     how = (options.pictures, options.processes, options.connections)
     with museum() as (base, size), tempfile.TemporaryDirectory(dir=options.work) as work:
         for number in range(options.rounds):
-            for side in ("ours", "peer") if number % 2 == 0 else ("peer", "ours"):
-                folder = Path(work, f"{side}-{number}")
-                count = (
-                    ours(mode, base, *how, folder) if side == "ours" else theirs(mode, base, *how, folder, options.peer_python)
-                )
+            for side in sides if number % 2 == 0 else sides[::-1]:
+                where = (base, *how, Path(work, f"{side}-{number}"))
+                count = ours(*where) if side == "ours" else theirs(side == "kept", options.peer_python, *where)
                 if count != options.pictures:
                     raise RuntimeError(f"{side} stored {count} of {options.pictures} pictures: this run measured something else")
                 rates[side].append(rate(base, options.pictures))
-                print(f"{mode} {side}: {rates[side][-1]:.0f}/s (load {os.getloadavg()[0]:.1f})", flush=True)
+                print(f"{side}: {rates[side][-1]:.0f}/s (load {os.getloadavg()[0]:.1f})", flush=True)
     medians = {side: round(statistics.median(found), 1) for side, found in rates.items()}
-    return {**medians, "ratio": round(medians["ours"] / medians["peer"], 2), "picture_kb": round(size / 1000), "rates": rates}
-
-
-def hardware() -> str:
-    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    return f"{len(os.sched_getaffinity(0))} x {names[0] if names else platform.processor()}, Python {platform.python_version()}"
+    hardware = f"{len(os.sched_getaffinity(0))} x {processor()}, Python {platform.python_version()}"
+    return {
+        side: {
+            "claim": f"download and hygiene as the collect job does them, {size / 1000:.0f} KB pictures: pictures/s, at least "
+            f"{TARGET} x img2dataset ({'skip_reencode' if side == 'kept' else 'its default, no resizing'})",
+            "ours": medians["ours"],
+            "peer": medians[side],
+            "ratio": round(medians["ours"] / medians[side], 2),
+            "hardware": hardware,
+        }
+        for side in sides[1:]
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer-python", required=True, metavar="PYTHON", help="the python of an environment with img2dataset")
-    parser.add_argument("--mode", choices=MODES, action="append", help="what is done to a picture; may be repeated (all)")
-    parser.add_argument("--pictures", type=int, default=3000)
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--connections", type=int, default=32, help="to the server at a time, over all processes")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--work", help="a folder for what is stored (a temporary one)")
-    parser.add_argument("--record", action="store_true", help="add a dated row to bench/RESULTS.md")
-    options = parser.parse_args()
-    found = {mode: compare(mode, options) for mode in options.mode or MODES}
-    first = next(iter(found))
-    result = {
-        "claim": f"download: at least {TARGET} x img2dataset's pictures/s on the same cores ({first})",
-        "ours": found[first]["ours"],
-        "peer": found[first]["peer"],
-        "ratio": found[first]["ratio"],
-        "hardware": hardware(),
-        "modes": {mode: {key: value for key, value in one.items() if key != "rates"} for mode, one in found.items()},
-    }
-    if options.record:
-        record(result)
-    print(json.dumps(result))
-
-
-def record(result: dict[str, Any]) -> None:
-    """Add a row for each mode to the table of results."""
-    if not RESULTS.exists():
-        RESULTS.write_text(HEADER + TITLES, encoding="utf-8")
-    with open(RESULTS, "a", encoding="utf-8") as file:
-        for mode, one in result["modes"].items():
-            claim = f"download, {mode}: pictures/s, at least {TARGET} x img2dataset"
-            cells = (f"{datetime.now(UTC):%Y-%m-%d}", claim, one["ours"], one["peer"], one["ratio"], result["hardware"])
-            file.write(f"| {' | '.join(map(str, cells))} |\n")
+    command = parser(__doc__)
+    command.add_argument("--peer-python", required=True, metavar="PYTHON", help="the python of an environment with img2dataset")
+    command.add_argument("--peer", choices=PEERS, action="append", help="how img2dataset runs; may be repeated (both)")
+    command.add_argument("--pictures", type=int, default=3000)
+    command.add_argument("--processes", type=int, default=2)
+    command.add_argument("--connections", type=int, default=32, help="to the server at a time, over all processes")
+    command.add_argument("--rounds", type=int, default=3)
+    command.add_argument("--work", help="a folder for what is stored (a temporary one)")
+    options = command.parse_args()
+    found = compare(options)
+    first = next(iter(found.values()))
+    report({**first, "peers": found}, options.record, list(found.values()))
 
 
 if __name__ == "__main__":

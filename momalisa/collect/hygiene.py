@@ -1,6 +1,10 @@
 """Bytes that somebody calls a picture -> a clean picture, or the reason why not.
 
     data -> judge the header -> decode -> scale -> sRGB -> matte -> upright -> PNG or JPEG without metadata
+                             -> a JPEG that needs nothing of this: its own segments, without metadata
+
+A JPEG that is small enough, upright, and RGB in sRGB loses nothing to being encoded again: its pixels pass as they are.
+It is decoded at a fraction of its size, which reads every one of its bits, so that a damaged one is still found.
 
 The same bytes and settings give the same bytes. Nothing is decoded before its header was judged: a small file can
 claim to be gigabytes. Whatever is done at full size is done strip by strip or by Pillow in place; large pictures are
@@ -21,11 +25,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms, ImageColor, UnidentifiedImageError
 
-from momalisa.collect.phash import look
+from momalisa.collect import jpeg
+from momalisa.collect.phash import LEAST_PX, look
 from momalisa.config import Collect
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP")
 LOSSLESS = {"PNG", "GIF", "BMP", "TIFF"}
+SAME_LEVELS = 2  # of 255: colours that differ by no more are the same
 SMALL_PX = 256  # lossless pictures up to this side stay lossless
 JPEG_QUALITY = 95
 ORIENTATION = 0x0112  # the EXIF tag
@@ -67,15 +73,31 @@ def clean(data: bytes, settings: Collect) -> CleanPicture:
     if is_html(data):
         raise BadPicture("an HTML page, not a picture")
     try:
-        return _cleaned(_opened(data), settings)
+        image = _opened(data)
+        _judge(image, settings)
+        return _as_it_is(data, image, settings) or _cleaned(image, settings)
     except BadPicture:
         raise
     except Exception as error:  # what Pillow raises for damaged files is of every kind
         raise BadPicture(f"truncated or damaged: {_short(error)}") from None
 
 
+def _as_it_is(data: bytes, image: Image.Image, settings: Collect) -> CleanPicture | None:
+    """A JPEG that needs no mending, with its own coded pixels; None: it has to be encoded again."""
+    if image.format not in JPEGS or image.mode != "RGB" or max(image.size) > settings.max_side_px:
+        return None
+    if _orientation(image) in UPRIGHT or not _is_srgb(image.info.get("icc_profile")):
+        return None
+    file = jpeg.bare(data)
+    if file is None:
+        return None
+    with _opened(file) as stored:
+        stored.draft(None, (LEAST_PX, LEAST_PX))
+        stored.load()
+        return CleanPicture(file, *image.size, *look(stored))
+
+
 def _cleaned(image: Image.Image, settings: Collect) -> CleanPicture:
-    _judge(image, settings)
     lossless = image.format in LOSSLESS
     if image.format in JPEGS:  # a large one is decoded at 1/2, 1/4 or 1/8, never below twice what is wanted
         width, height = fitting(image.size, settings.max_side_px)
@@ -88,8 +110,7 @@ def _cleaned(image: Image.Image, settings: Collect) -> CleanPicture:
     picture = _rgb(scaled, profile, settings.matte)
     if orientation in UPRIGHT:
         picture = picture.transpose(UPRIGHT[orientation])
-    seen = look(picture)
-    return CleanPicture(_encoded(picture, lossless and max(picture.size) <= SMALL_PX), *picture.size, seen.phash, seen.thumbnail)
+    return CleanPicture(_encoded(picture, lossless and max(picture.size) <= SMALL_PX), *picture.size, *look(picture))
 
 
 def _judge(image: Image.Image, settings: Collect) -> None:
@@ -196,6 +217,17 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return image
     return converted
+
+
+@lru_cache(maxsize=16)
+def _is_srgb(profile: bytes | None) -> bool:
+    """Whether an RGB picture with this profile looks the same without it."""
+    if not profile:
+        return True
+    levels = np.linspace(0, 255, 9).astype(np.uint8)
+    colours = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(27, 27, 3)
+    seen = np.asarray(_in_srgb(Image.fromarray(colours), profile))
+    return int(np.abs(seen.astype(np.int16) - colours).max()) <= SAME_LEVELS
 
 
 @lru_cache(maxsize=16)  # a museum's pictures share a few profiles, and a transform takes longer to build than to apply

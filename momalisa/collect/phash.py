@@ -6,13 +6,15 @@ Integers all the way, so that every machine finds the same bits.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-REDUCED_PX = 128  # what hash and thumbnail are made from: quick, and no smaller than a small picture
+LEAST_PX = 96  # of the short side: a JPEG that is decoded at a fraction, down to this, still looks the same
+REDUCED_PX = 64  # what hash and thumbnail are made from: quick, and no smaller than a small picture
 GREY_PX = 32
 FREQUENCIES = 8
 THUMBNAIL_PX = 16
@@ -43,6 +45,7 @@ def _phash(small: Image.Image) -> str:
     return np.packbits(bits.ravel()).tobytes().hex()
 
 
+@cache
 def _cosines() -> npt.NDArray[np.int64]:
     """The eight slowest cosines over 32 places, [8, 32]."""
     place, frequency = np.arange(GREY_PX), np.arange(FREQUENCIES)[:, None]
