@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 if TYPE_CHECKING:  # neither is needed for `--help`
     import pyarrow as pa
@@ -34,6 +34,7 @@ Value = TypeVar("Value")
 
 PICTURES = {"bytes"}  # JPEG and PNG files: nothing makes them smaller
 BLOBS = {"bytes", "thumbnail", "moments"}  # columns that are read only where they are asked for
+PIECE = 8 << 20  # bytes of a large file that are fetched at a time
 READERS = 16  # threads that read small files
 HIDDEN = (".partial", ".lock")
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -74,7 +75,7 @@ class Store:
         # A listing that was remembered would hide what other processes wrote since.
         self._fs, self._base = fsspec.core.url_to_fs(self.root, **({"use_listings_cache": False} if remote else {}))
         self.is_local = type(self._fs).__name__ == "LocalFileSystem"
-        self.is_bucket = self.root.startswith(("gs://", "gcs://"))
+        self.is_bucket = in_bucket(self.root)
 
     def __reduce__(self) -> tuple[Any, ...]:  # to workers as its root alone
         return (Store, (self.root,))
@@ -176,6 +177,28 @@ class Store:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
+    def put_file(self, path: str, source: BinaryIO) -> None:
+        """Copy an open file in, from its start, never whole in memory."""
+
+        def copy() -> None:
+            source.seek(0)
+            with self._fs.open(self._full(partial), "wb") as file:
+                shutil.copyfileobj(source, file, 1 << 20)
+
+        partial = f"{path}.partial" if self.is_local else path  # in a bucket nothing is seen before it is whole
+        if self.is_local:
+            Path(self._full(path)).parent.mkdir(parents=True, exist_ok=True)
+        self._ask(copy)
+        if self.is_local:
+            os.replace(self._full(partial), self._full(path))
+
+    def get_file(self, path: str, target: BinaryIO) -> None:
+        """Copy a file out, piece by piece. Raises FileNotFoundError."""
+        full = self._full(path)
+        size = int(self._ask(lambda: self._fs.size(full)))
+        for start in range(0, size, PIECE):
+            target.write(self._ask(lambda start=start: self._fs.cat_file(full, start=start, end=min(size, start + PIECE))))
+
     def list(self, folder: str) -> builtins.list[str]:
         """Every file below a folder, relative to the root, sorted; partial writes and locks are not files."""
         return [path for path in self.files(folder) if not path.endswith(HIDDEN)]
@@ -273,6 +296,10 @@ class Store:
         return directory
 
 
+def in_bucket(location: str) -> bool:
+    return location.startswith(("gs://", "gcs://"))
+
+
 def canonical_json(value: Any) -> bytes:
     """One text for one value: sorted keys, UTF-8, a final newline."""
     return (json.dumps(value, sort_keys=True, ensure_ascii=False, indent=1) + "\n").encode()
@@ -308,22 +335,28 @@ def full(target: str, size: int, error: OSError) -> str:
 
 def patiently(operation: Callable[[], Value], root: str, patience_s: float) -> Value:
     """Call until a bucket answers or `patience_s` are over. FileNotFoundError passes; other errors become StorageError."""
-    from google.api_core.exceptions import RetryError
-    from google.api_core.retry import Retry
-
-    retry = Retry(predicate=_is_transient, initial=0.5, maximum=15.0, multiplier=2.0, timeout=patience_s)
     try:
-        answer: Value = retry(operation)()
-        return answer
-    except RetryError as error:
-        cause = error.cause or error
-        raise StorageError(_unreachable(root, patience_s, cause)) from cause
+        return retried(operation, patience_s)
     except (FileNotFoundError, StorageError):
         raise
     except Exception as error:  # each client has its own
-        if (said := _refused(root, error)) is None:
+        said = _unreachable(root, patience_s, error) if _is_transient(error) else _refused(root, error)
+        if said is None:
             raise
         raise StorageError(said) from error
+
+
+def retried(operation: Callable[[], Value], patience_s: float | None = None) -> Value:
+    """Call until a bucket answers or `patience_s` (None: the stores') are over. Errors are those of its client."""
+    from google.api_core.exceptions import RetryError
+    from google.api_core.retry import Retry
+
+    timeout_s = Store.patience_s if patience_s is None else patience_s
+    try:
+        answer: Value = Retry(predicate=_is_transient, initial=0.5, maximum=15.0, multiplier=2.0, timeout=timeout_s)(operation)()
+    except RetryError as error:
+        raise error.cause or error from None
+    return answer
 
 
 def _is_transient(error: Exception) -> bool:

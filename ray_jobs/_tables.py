@@ -30,6 +30,7 @@ from momalisa.progress import Progress
 from momalisa.records import OK
 from momalisa.storage import Store
 
+AHEAD_BYTES = 192 << 20  # of parts that wait for an actor: a few full ones, whatever the collection's size
 TRANSFERS = 4  # read and write tasks at a time; they wait for the network, so they reserve no CPU
 
 
@@ -138,8 +139,8 @@ def _stream(
     import ray
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
-    _quiet()
     chosen, store, have = family.settings, Store(settings.dataset), ray.cluster_resources()
+    _configure(AHEAD_BYTES * chosen.actors)
     reserved = decoder_cpus(family, len(parts), have.get("CPU", 0))
     if chosen.gpus_per_actor > have.get("GPU", 0):
         print(f"{family.stage}: waiting for a node with a GPU: each actor wants {chosen.gpus_per_actor:g}", flush=True)
@@ -173,11 +174,12 @@ def _stream(
     return paths
 
 
-def _quiet() -> None:
-    """No bars of Ray Data's beside ours; its logs only from warnings on."""
-    from ray.data import DataContext
+def _configure(ahead_bytes: int) -> None:
+    """So many bytes between tasks at most; no bars of Ray Data's beside ours; its logs only from warnings on."""
+    from ray.data import DataContext, ExecutionResources
 
     context = DataContext.get_current()
+    context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=ahead_bytes)
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)

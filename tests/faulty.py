@@ -11,12 +11,14 @@ class Faulty:
 
     def __init__(self, target: str) -> None:
         self.target, self.mode, self.asked, self.sent = target, "", 0, 0
+        self.calm_until, self.refused = 0, 0  # the storm breaks with the request after so many
         self.app = web.Application(client_max_size=2**26)
         self.app.router.add_route("*", "/{path:.*}", self.answer)
 
     async def answer(self, request: web.Request) -> web.Response:
         self.asked += 1
-        if self.mode == "storm":
+        if self.mode == "storm" and self.asked > self.calm_until:
+            self.refused += 1
             return self.said([503, 429][self.asked % 2], "try again later")
         if self.mode == "nobody":
             return self.said(401, "Anonymous caller does not have storage.objects.get access to the object.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import pickle
@@ -20,6 +21,7 @@ from uuid import uuid4
 
 import fsspec
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -167,6 +169,14 @@ def test_rows_go_round_through_parquet_and_chunks_leave_no_trace(works: list[Art
     assert store.get_table(store.put_table("images", table)).to_pylist() == rows
     chunked = pa.concat_tables([table.slice(0, cut), table.slice(cut)]).replace_schema_metadata({"written": "today"})
     assert parquet_bytes(chunked) == parquet_bytes(table)
+
+
+def test_pictures_are_stored_as_they_are_and_the_rest_is_compressed() -> None:
+    table = pa.table({"id": ["a", "b"], "bytes": [b"\xff\xd8" * 4000, b"x" * 9000], "title": ["t" * 3000] * 2})
+    data = parquet_bytes(table)
+    assert b"\xff\xd8" * 4000 in data
+    assert b"t" * 3000 not in data
+    assert pq.read_table(io.BytesIO(data)).equals(table)
 
 
 def through_a_storm(faulty: Faulty, store: Store, seconds: float) -> None:

@@ -20,6 +20,7 @@ from momalisa.collect.pace import Share
 from momalisa.config import Collect
 from momalisa.dataset import Dataset
 from momalisa.records import IMAGES, OK, REJECTED, Artwork, Reason
+from momalisa.storage import in_bucket, retried
 
 READERS = 8  # files of a folder read at a time
 FACTS = ["id", "status", "error", "reason", "sha256", "image_url"]
@@ -193,9 +194,13 @@ def _read_all(addresses: Sequence[str], settings: Collect, then: Callable[[int, 
 
 def read_file(address: str, max_bytes: int) -> Fetched:
     """A picture of a folder or bucket."""
-    try:
+
+    def read() -> bytes:
         with fsspec.open(address, "rb") as file:
-            data = bytes(file.read(max_bytes + 1))
+            return bytes(file.read(max_bytes + 1))
+
+    try:
+        data = retried(read) if in_bucket(address) else read()
     except Exception as error:  # each storage has its own
         reason = Reason.NOT_FOUND if isinstance(error, FileNotFoundError) else Reason.UNREACHABLE
         return Fetched(error=f"{type(error).__name__}: {error}", reason=reason)

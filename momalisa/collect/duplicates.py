@@ -13,17 +13,17 @@ of two simple drawings in a few flat colours, nobody can say whether the light o
 from __future__ import annotations
 
 import itertools
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from momalisa.collect.phash import THUMBNAIL_BYTES
 from momalisa.dataset import Dataset, Version
@@ -38,12 +38,13 @@ REPRODUCTION_ASPECT = 0.25
 REPRODUCTION_PX = 256  # the short side at least
 REPRODUCTION_TONES = 6.0  # bits of entropy of a thumbnail's colours
 REPRODUCTION_CORRELATION = 0.88
-COLUMNS = ("id", "sha256", "phash", "width", "height", "thumbnail")
+COLUMNS = ("id", "sha256", "phash", "width", "height")
 BLOCKS = 11  # RADIUS flipped bits spare 3 of 11 blocks of bits
 AT_A_TIME = 1 << 14  # pairs that are confirmed together
-READERS = 16  # threads that read tables
+READERS = 8  # threads that read tables
 
 Indices = npt.NDArray[np.int64]
+Thumbnails = npt.NDArray[np.uint8]  # [N, 768]
 Flags = npt.NDArray[np.bool_]
 Hashes = npt.NDArray[np.uint64]
 Pairs = tuple[Indices, Indices]
@@ -51,41 +52,52 @@ Pairs = tuple[Indices, Indices]
 
 @dataclass(frozen=True)
 class Looks:
-    """N pictures as arrays, in the order in which a work is preferred: the largest first, then by id."""
+    """N pictures as arrays, in the order in which a work is preferred: the largest first, then by id.
 
-    ids: list[str]
-    sha256: npt.NDArray[np.str_]
+    Thumbnails may lie in a file: those of nominated pairs alone are looked at.
+    """
+
+    ids: pa.ChunkedArray
+    sha256: npt.NDArray[np.bytes_]  # its first 128 bits, in hex
     phash: Hashes
     width: npt.NDArray[np.float64]
     height: npt.NDArray[np.float64]
-    thumbnail: npt.NDArray[np.uint8]  # [N, 768]
+    places: Indices  # of their thumbnails
+    thumbnails: Thumbnails
 
     @classmethod
-    def of(cls, table: pa.Table) -> Looks:
-        """Raises ValueError for a row without a look."""
+    def of(cls, table: pa.Table, thumbnails: Thumbnails) -> Looks:
+        """`table` has COLUMNS, and the `place` of each work's thumbnail among the thumbnails."""
         sizes = pa.table({"id": table["id"], "pixels": pc.multiply(table["width"].cast("int64"), table["height"].cast("int64"))})
         table = table.take(pc.sort_indices(sizes, [("pixels", "descending"), ("id", "ascending")])).combine_chunks()
-        hashes, thumbnails = table["phash"].to_pylist(), table["thumbnail"].to_pylist()
-        for id, phash, thumbnail in zip(table["id"].to_pylist(), hashes, thumbnails, strict=True):
-            if len(phash) != 16 or len(thumbnail) != THUMBNAIL_BYTES:
-                raise ValueError(f"{id} has no perceptual hash and thumbnail: an earlier release collected it; collect again")
         return cls(
-            ids=table["id"].to_pylist(),
-            sha256=np.array(table["sha256"].to_pylist(), np.str_),
-            phash=np.array([int(phash, 16) for phash in hashes], np.uint64),
+            ids=table["id"],
+            sha256=_strings(pc.utf8_slice_codeunits(table["sha256"], 0, 32), 32),
+            phash=np.frombuffer(bytes.fromhex(_strings(table["phash"], 16).tobytes().decode()), ">u8").astype(np.uint64),
             width=table["width"].to_numpy().astype(np.float64),
             height=table["height"].to_numpy().astype(np.float64),
-            thumbnail=np.frombuffer(b"".join(thumbnails), np.uint8).reshape(-1, THUMBNAIL_BYTES),
+            places=table["place"].to_numpy(),
+            thumbnails=thumbnails,
         )
 
+    def thumbnail(self, rows: Indices) -> Thumbnails:
+        """Theirs, [len(rows), 768]."""
+        return self.thumbnails[self.places[rows]]
 
-def find(table: pa.Table) -> pa.Table:
+
+def _strings(column: pa.ChunkedArray, length: int) -> npt.NDArray[np.bytes_]:
+    """ASCII strings of at most `length`, piece by piece: as Python's they would take three times the memory."""
+    made = np.empty(len(column), f"S{length}")
+    for start in range(0, len(column), AT_A_TIME):
+        made[start : start + AT_A_TIME] = column.slice(start, AT_A_TIME).to_pylist()
+    return made
+
+
+def find(looks: Looks) -> pa.Table:
     """The works that are another one's picture again, ordered by id, and what each is a duplicate of.
 
-    `table` has COLUMNS. Of works that are one and the same the largest is kept, and of equally large ones that with
-    the smallest id. The order of rows does not matter.
+    Of works that are one and the same the largest is kept, and of equally large ones that with the smallest id.
     """
-    looks = Looks.of(table)
     kept = _Union(len(looks.ids))
     first = _first_of_each(looks.sha256)
     for index, original in enumerate(first.tolist()):
@@ -119,23 +131,23 @@ def _leaders(looks: Looks, rows: Indices, kept: _Union) -> Indices:
     return np.array(leaders, np.int64)
 
 
-def _first_of_each(sha256: npt.NDArray[np.str_]) -> Indices:
+def _first_of_each(sha256: npt.NDArray[np.bytes_]) -> Indices:
     """For each row the first row with the same content; a row without a hash of its content is its own."""
     _, first, inverse = np.unique(sha256, return_index=True, return_inverse=True)
-    found: Indices = np.where(sha256 == "", np.arange(len(sha256)), first[inverse])
+    found: Indices = np.where(sha256 == b"", np.arange(len(sha256)), first[inverse])
     return found
 
 
 def _table(looks: Looks, kept: Indices) -> pa.Table:
     again = np.flatnonzero(kept != np.arange(len(kept)))
     originals = kept[again]
-    exact = (looks.sha256[again] == looks.sha256[originals]) & (looks.sha256[again] != "")
+    exact = (looks.sha256[again] == looks.sha256[originals]) & (looks.sha256[again] != b"")
     columns = [
-        pa.array([looks.ids[index] for index in again], pa.string()),
-        pa.array([looks.ids[index] for index in originals], pa.string()),
+        looks.ids.take(pa.array(again)),
+        looks.ids.take(pa.array(originals)),
         pa.array(np.where(exact, EXACT, NEAR).tolist(), pa.string()),
         pa.array(np.bitwise_count(looks.phash[again] ^ looks.phash[originals]).astype(np.int32)),
-        pa.array(np.round(_correlation(looks.thumbnail[again], looks.thumbnail[originals]), 4).astype(np.float32)),
+        pa.array(np.round(_correlation(looks.thumbnail(again), looks.thumbnail(originals)), 4).astype(np.float32)),
     ]
     return pa.Table.from_arrays(columns, schema=DUPLICATES).sort_by("id")
 
@@ -214,7 +226,7 @@ def confirmed(looks: Looks, left: Indices, right: Indices) -> Flags:
 def _confirmed(looks: Looks, left: Indices, right: Indices) -> Flags:
     ratio = looks.width[left] * looks.height[right] / (looks.height[left] * looks.width[right])
     aspect = np.abs(np.log(ratio))
-    one, other = looks.thumbnail[left], looks.thumbnail[right]
+    one, other = looks.thumbnail(left), looks.thumbnail(right)
     difference = np.abs(one.astype(np.int16) - other)
     found: Flags = (aspect <= COPY_ASPECT) & (difference.max(1) <= COPY_MAX) & (difference.mean(1) <= COPY_MEAN)
     short = np.minimum.reduce([looks.width[left], looks.height[left], looks.width[right], looks.height[right]])
@@ -224,7 +236,7 @@ def _confirmed(looks: Looks, left: Indices, right: Indices) -> Flags:
     return found
 
 
-def _correlation(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+def _correlation(one: Thumbnails, other: Thumbnails) -> npt.NDArray[np.float64]:
     """Pearson's, over all places and channels of thumbnails [N, 768]; 0 where one has no contrast.
 
     The sums are whole numbers below 2**53, so their order does not matter: the result is the same everywhere.
@@ -245,20 +257,48 @@ def tones(thumbnail: npt.NDArray[np.uint8]) -> float:
     return float(-(share * np.log2(share)).sum())
 
 
-def read(dataset: Dataset, images: tuple[str, ...] | list[str]) -> pa.Table:
-    """COLUMNS of every picture in some images tables; an id in two tables is the first one's. Pictures are not fetched."""
+@contextmanager
+def looks(dataset: Dataset, images: tuple[str, ...] | list[str]) -> Iterator[Looks]:
+    """How every picture in some images tables looks; an id in two tables is the first one's. Pictures are not fetched.
+
+    Thumbnails, 150 MB of 200,000 works, lie in a temporary file meanwhile.
+    """
+
+    names = [*COLUMNS, "thumbnail", "status"]
 
     def one(path: str) -> pa.Table:
-        with fsspec.open(dataset.store.url(path), "rb") as file:
-            if missing := {*COLUMNS, "status"} - set(pq.read_schema(file).names):
-                raise ValueError(f"{dataset.store.url(path)} lacks {sorted(missing)}: an earlier release wrote it; collect again")
-            return pq.read_table(file, columns=[*COLUMNS], filters=pc.field("status") == OK)
+        table = dataset.store.get_columns(path, names)
+        if missing := {*names} - {*table.column_names}:
+            raise ValueError(f"{dataset.store.url(path)} lacks {sorted(missing)}: an earlier release wrote it; collect again")
+        return table.filter(pc.field("status") == OK)
 
-    with ThreadPoolExecutor(READERS) as pool:
-        tables = list(pool.map(one, sorted(images)))
-    table = pa.concat_tables(tables)
-    _, first = np.unique(np.array(table["id"].to_pylist(), np.str_), return_index=True)
-    return table.take(np.sort(first))
+    tables = []
+    with tempfile.TemporaryFile(prefix="momalisa-") as file, ThreadPoolExecutor(READERS) as pool:
+        for table in pool.map(one, sorted(images)):
+            _check(table)
+            file.write(b"".join(table["thumbnail"].to_pylist()))
+            tables.append(table.drop_columns(["thumbnail", "status"]))
+        file.flush()
+        table = pa.concat_tables(tables)
+        table = table.append_column("place", pa.array(np.arange(len(table))))
+        first = _first_of_ids(table["id"])
+        shape = (len(table), THUMBNAIL_BYTES)
+        thumbnails = np.memmap(file, np.uint8, "r", shape=shape) if len(table) else np.empty(shape, np.uint8)
+        yield Looks.of(table.take(first), thumbnails)
+
+
+def _first_of_ids(ids: pa.ChunkedArray) -> pa.Array:
+    """The rows whose id no row before them has."""
+    places = pa.table({"id": ids, "place": pa.array(np.arange(len(ids)))})
+    return places.group_by("id").aggregate([("place", "min")])["place_min"].combine_chunks().sort()
+
+
+def _check(table: pa.Table) -> None:
+    """Raises ValueError for a row without a look."""
+    right = [pc.equal(pc.binary_length(table[name]), size) for name, size in (("phash", 16), ("thumbnail", THUMBNAIL_BYTES))]
+    wrong = table["id"].filter(pc.invert(pc.and_(*right)))
+    if len(wrong):
+        raise ValueError(f"{wrong[0]} has no perceptual hash and thumbnail: an earlier release collected it; collect again")
 
 
 def renewed(dataset: Dataset, version: Version, before: Version, policy: Literal["drop", "keep"]) -> Version:
@@ -267,7 +307,8 @@ def renewed(dataset: Dataset, version: Version, before: Version, policy: Literal
         return replace(version, duplicates=())
     if version.images == before.images and before.duplicates:
         return version
-    return replace(version, duplicates=(dataset.store.put_table("duplicates", find(read(dataset, version.images))),))
+    with looks(dataset, version.images) as seen:
+        return replace(version, duplicates=(dataset.store.put_table("duplicates", find(seen)),))
 
 
 def known(dataset: Dataset, version: Version) -> dict[str, dict[str, Any]]:

@@ -44,9 +44,16 @@ def collected(dataset: Dataset, paths: list[str], policy: Any) -> Version:
     return duplicates.renewed(dataset, latest.with_images(paths), latest, policy)
 
 
+def find(rows: list[dict[str, Any]]) -> pa.Table:
+    thumbnails = np.frombuffer(b"".join(row["thumbnail"] for row in rows), np.uint8).reshape(-1, THUMBNAIL_BYTES)
+    schema = pa.schema([IMAGES.field(name) for name in duplicates.COLUMNS])
+    table = pa.Table.from_pylist(rows, schema=schema).append_column("place", pa.array(np.arange(len(rows))))
+    return duplicates.find(duplicates.Looks.of(table, thumbnails))
+
+
 def found(rows: list[dict[str, Any]]) -> dict[str, str]:
     """Duplicate -> the work that is kept."""
-    table = duplicates.find(pa.Table.from_pylist(rows))
+    table = find(rows)
     return dict(zip(table["id"].to_pylist(), table["duplicate_of"].to_pylist(), strict=True))
 
 
@@ -136,7 +143,7 @@ def test_the_largest_is_kept_and_of_equals_the_smallest_id() -> None:
 
 def test_the_same_file_is_exact_and_a_copy_is_near() -> None:
     rows = [row("a", scene(), "same"), row("b", scene(), "same"), row("c", jpeg(scene(), 200, 70)), row("d", scene(1))]
-    table = duplicates.find(pa.Table.from_pylist(rows)).to_pylist()
+    table = find(rows).to_pylist()
     assert [(item["id"], item["duplicate_of"], item["kind"]) for item in table] == [("b", "a", "exact"), ("c", "a", "near")]
     assert table[0]["distance"] == 0
     assert table[0]["correlation"] == 1
@@ -183,9 +190,9 @@ def test_a_small_seal_in_another_colour_makes_another_work() -> None:
 @settings(max_examples=10, deadline=None)
 def test_the_order_of_rows_does_not_matter(rng: random.Random) -> None:
     rows = [row(f"{number}", jpeg(scene(number % 3), 100 + 20 * number, 80)) for number in range(8)]
-    expected = duplicates.find(pa.Table.from_pylist(rows))
+    expected = find(rows)
     rng.shuffle(rows)
-    assert duplicates.find(pa.Table.from_pylist(rows)).equals(expected)
+    assert find(rows).equals(expected)
     assert expected.num_rows == 5
 
 
@@ -214,14 +221,8 @@ def test_flipped_bits_may_lie_as_far_apart_as_they_can() -> None:
 
 
 def test_nothing_and_one_have_no_duplicates() -> None:
-    empty = pa.Table.from_pylist([row("a", scene())])
-    assert duplicates.find(empty).num_rows == 0
-    assert duplicates.find(empty.slice(0, 0)).num_rows == 0
-
-
-def test_a_work_without_a_look_is_an_error_that_names_it() -> None:
-    with pytest.raises(ValueError, match="w7 has no perceptual hash"):
-        duplicates.find(pa.Table.from_pylist([row("w7", scene()) | {"phash": ""}]))
+    assert find([row("a", scene())]).num_rows == 0
+    assert find([]).num_rows == 0
 
 
 class TestVersions:
@@ -266,6 +267,16 @@ class TestVersions:
         old = dataset.store.put_table("images", pa.table({"id": ["a"], "status": ["ok"]}))
         with pytest.raises(ValueError, match=f"{old} lacks .*'phash'"):
             collected(dataset, [old], "drop")
+
+    def test_a_work_without_a_look_is_an_error_that_names_it(self, dataset: Dataset) -> None:
+        blind = Artwork(bytes=b"x", **row("w7", scene()) | {"phash": ""})
+        path = dataset.put_rows("images", [Artwork(bytes=b"x", **row("w1", scene())).row(), blind.row()], IMAGES)
+        with pytest.raises(ValueError, match="w7 has no perceptual hash"):
+            collected(dataset, [path], "drop")
+
+    def test_a_dataset_of_rejected_works_has_none(self, dataset: Dataset) -> None:
+        path = dataset.put_rows("images", [Artwork(id="a", status=REJECTED, error="404").row()], IMAGES)
+        assert self.again(dataset, collected(dataset, [path], "drop")) == {}
 
     def test_an_empty_dataset_has_none(self, dataset: Dataset) -> None:
         assert collected(dataset, [], "drop") == Version()

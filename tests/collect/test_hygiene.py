@@ -331,7 +331,7 @@ def test_large_pictures_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_an_icc_profile_is_applied() -> None:
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    swapped = srgb.replace(b"rXYZ", b"?XYZ").replace(b"bXYZ", b"rXYZ").replace(b"?XYZ", b"bXYZ")  # its red is blue
+    swapped = swapped_colours()
     red = Image.new("RGB", (20, 20), (255, 0, 0))
     assert close(clean(encoded(red, "PNG", icc_profile=srgb), PLAIN), red, 1.5)
     seen = pixels(clean(encoded(red, "PNG", icc_profile=swapped), PLAIN)).mean(axis=(0, 1))
@@ -357,6 +357,65 @@ def test_metadata_is_dropped_and_the_bytes_are_always_the_same() -> None:
     assert first == clean(data, PLAIN)
     assert b"somebody" not in first.bytes
     assert b"secret" not in first.bytes
+
+
+def photograph(width: int = 640, height: int = 480) -> Image.Image:
+    """Soft colours with grain."""
+    rng = np.random.default_rng(width)
+    coarse = Image.fromarray(rng.integers(0, 256, (7, 9, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    values = np.asarray(coarse).astype(np.int16) + rng.integers(-12, 13, (height, width, 1))
+    return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
+
+
+def as_it_was(data: bytes, **chosen: object) -> bool:
+    """Whether the stored picture has the very pixels that the file has."""
+    picture = clean(data, Collect.model_validate(chosen))
+    with Image.open(io.BytesIO(data)) as image:
+        return picture.width == image.width and bool((pixels(picture) == np.asarray(image.convert("RGB"))).all())
+
+
+def swapped_colours() -> bytes:
+    """A profile whose red is blue."""
+    return SRGB.replace(b"rXYZ", b"?XYZ").replace(b"bXYZ", b"rXYZ").replace(b"?XYZ", b"bXYZ")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"icc_profile": SRGB}, {"icc_profile": b"broken"}, {"comment": b"x"}]
+)
+def test_a_clean_jpeg_keeps_its_own_pixels(options: dict[str, object]) -> None:
+    data = encoded(photograph(), "JPEG", quality=70, **options)
+    assert as_it_was(data)
+    assert len(clean(data, PLAIN).bytes) <= len(data)
+    assert as_it_was(data, max_side_px=640)
+
+
+def test_what_needs_mending_is_encoded_again() -> None:
+    turned = Image.Exif()
+    turned[ORIENTATION] = 3
+    for options in ({"exif": turned}, {"icc_profile": swapped_colours()}):
+        assert not as_it_was(encoded(photograph(), "JPEG", quality=70, **options))
+    assert not as_it_was(encoded(photograph(), "JPEG", quality=70), max_side_px=639)
+    with Image.open(io.BytesIO(clean(encoded(photograph().convert("L"), "JPEG"), PLAIN).bytes)) as grey:
+        assert grey.mode == "RGB"
+
+
+def test_a_picture_looks_the_same_whichever_way_it_was_cleaned() -> None:
+    for size in ((1000, 700), (640, 480), (120, 90)):
+        data = encoded(photograph(*size), "JPEG", quality=95, subsampling=0)
+        kept = clean(data, PLAIN)
+        again = clean(encoded(photograph(*size), "PNG"), PLAIN)
+        assert (int(kept.phash, 16) ^ int(again.phash, 16)).bit_count() <= 2
+        difference = np.frombuffer(kept.thumbnail, np.uint8).astype(int) - np.frombuffer(again.thumbnail, np.uint8)
+        assert np.abs(difference).max() <= 12
+
+
+@given(st.floats(0, 1, exclude_max=True), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_a_jpeg_that_was_cut_is_rejected_and_never_kept(kept: float, progressive: bool) -> None:
+    data = encoded(photograph(320, 240), "JPEG", progressive=progressive)
+    cut = data[: int((len(data) - 2) * kept)]  # at least the end marker and a byte before it are gone
+    with pytest.raises(BadPicture, match="truncated|known format|empty|unreadable"):
+        clean(cut, PLAIN)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -14,6 +17,7 @@ from momalisa.dataset import Dataset
 from momalisa.miniature.wing import further_works
 from momalisa.records import OK
 from momalisa.storage import Store
+from tests.faulty import Faulty
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -35,10 +39,14 @@ def museum(bucket: str, tmp_path: Path) -> str:
     return store.root
 
 
-def job(stage: str, museum: str, scratch: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    """A stage as a program in an empty working folder, its temporary files there too."""
+def job(stage: str, museum: str, scratch: Path, *more: str, patience_s: float | None = None) -> subprocess.CompletedProcess[str]:
+    """A stage as a program in an empty working folder, its temporary files there too; `patience_s`: of its driver's stores."""
     where = [f"--root={museum}/out", "--collect.source.kind=folder", f"--collect.source.location={museum}/pictures"]
-    command = [sys.executable, "-m", f"ray_jobs.{stage}", "--config", str(HOME / "configs" / "demo.yaml"), *where, *more]
+    program = ["-m", f"ray_jobs.{stage}"]
+    if patience_s is not None:
+        changed = f"from momalisa.storage import Store; Store.patience_s = {patience_s}"
+        program = ["-c", f"{changed}; from ray_jobs.{stage} import main; main()"]
+    command = [sys.executable, *program, "--config", str(HOME / "configs" / "demo.yaml"), *where, *more]
     environment = {
         **os.environ,
         "PYTHONPATH": str(HOME),
@@ -48,6 +56,27 @@ def job(stage: str, museum: str, scratch: Path, *more: str) -> subprocess.Comple
     }
     environment.pop("RAY_ADDRESS", None)
     return subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False, timeout=500)
+
+
+@contextmanager
+def storm(faulty: Faulty, seconds: float, after: int) -> Iterator[None]:
+    """503 and 429, whatever is asked for, from the request after so many; it ends by itself."""
+    faulty.calm_until, faulty.refused, faulty.mode = faulty.asked + after, 0, "storm"
+    over = threading.Event()
+
+    def end() -> None:
+        while not faulty.refused and not over.wait(0.05):
+            pass
+        over.wait(seconds)
+        faulty.mode = ""
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def check(museum: str) -> str:
@@ -72,3 +101,23 @@ def test_from_bucket_to_bucket_without_a_local_copy(museum: str, tmp_path: Path)
     assert not [path for path in scratch.rglob("*") if path.suffix in {".png", ".jpg", ".parquet"}]
     again = job("collect", museum, scratch)
     assert "nothing new" in again.stdout
+
+
+@pytest.mark.slow
+def test_a_minute_of_503_and_429_fails_no_stage(museum: str, faulty: Faulty, tmp_path: Path) -> None:
+    for stage, after in (("collect", 0), ("caption", 12), ("encode", 24)):
+        with storm(faulty, 60, after):
+            done = job(stage, museum, tmp_path)
+        assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+        assert faulty.refused > 10, f"{stage} asked too little to meet the storm"
+    check(museum)
+
+
+@pytest.mark.slow
+def test_without_patience_a_storm_fails_a_stage_and_nothing_is_published(museum: str, faulty: Faulty, tmp_path: Path) -> None:
+    with storm(faulty, 300, 0):
+        done = job("collect", museum, tmp_path, patience_s=1)
+    assert done.returncode != 0
+    assert f"{museum}" in done.stderr
+    assert "Nothing was published; run again" in done.stderr
+    assert not Dataset(f"{museum}/out/dataset").log()

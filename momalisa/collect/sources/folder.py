@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -17,6 +18,7 @@ from momalisa.collect.sources.selection import selected
 from momalisa.collect.sources.text import plain
 from momalisa.config import Collect
 from momalisa.records import REJECTED, Artwork, Reason
+from momalisa.storage import in_bucket, retried
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".tif", ".tiff", ".bmp"}
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -38,38 +40,43 @@ class PictureFolder:
         return selected(((work, True) for work in self._works()), self.source, self.left_out)
 
     def _works(self) -> Iterator[Artwork]:
-        files = self._files()
-        told = self._metadata(files)
-        pictures = [name for name in sorted(files) if PurePosixPath(name).suffix.lower() in SUFFIXES]
+        names = self._names()
+        told = self._metadata(names)
+        pictures = [name for name in names if PurePosixPath(name).suffix.lower() in SUFFIXES]
         if not pictures:
             known = " ".join(sorted(SUFFIXES))
             raise ValueError(f"{self.location} holds no picture ({known}); check collect.source.location")
         for name in pictures:
-            yield _work(name, files[name], told.get(name, {}))
-        for name in sorted(told.keys() - files.keys()):
+            yield _work(name, f"{self.location.rstrip('/')}/{name}", told.pop(name, {}))
+        for name in sorted(told.keys() - set(names)):
             yield _work(name, "", told[name])
 
-    def _files(self) -> dict[str, str]:
-        """Every file that is not hidden: relative path -> address."""
+    def _names(self) -> list[str]:
+        """Every file that is not hidden, by its path below the location, sorted."""
         try:
-            fs, base = fsspec.core.url_to_fs(self.location)
-            if "://" not in self.location and not Path(base).is_dir():
-                raise FileNotFoundError(self.location)
-            found = fs.find(base)
+            found = self._in_bucket() if in_bucket(self.location) else self._in_folder()
         except Exception as error:  # each storage has its own
             raise unreadable(self.location, error) from error
-        prefix = base.rstrip("/") + "/"
-        address = fs.unstrip_protocol if "://" in self.location else str
-        names = {name.removeprefix(prefix): address(name) for name in found}
-        return {name: url for name, url in names.items() if not any(part.startswith(".") for part in name.split("/"))}
+        return sorted(name for name in found if not any(part.startswith(".") for part in name.split("/")))
 
-    def _metadata(self, files: dict[str, str]) -> dict[str, dict[str, str]]:
+    def _in_bucket(self) -> list[str]:
+        fs, base = fsspec.core.url_to_fs(self.location, use_listings_cache=False)
+        return [name.removeprefix(f"{base}/") for name in retried(lambda: fs.find(base))]
+
+    def _in_folder(self) -> list[str]:
+        """Folder by folder, so that of a million files only the names are held."""
+        if not Path(self.location).is_dir():
+            raise FileNotFoundError(self.location)
+        walk = ((Path(folder).relative_to(self.location), files) for folder, _, files in os.walk(self.location))
+        return [(below / name).as_posix() for below, files in walk for name in files]
+
+    def _metadata(self, names: list[str]) -> dict[str, dict[str, str]]:
         """file_name -> what is told about it."""
-        name = next((name for name in METADATA if name in files), None)
+        name = next((name for name in METADATA if name in names), None)
         if name is None:
             return {}
         where = f"{self.location}/{name}"
-        with opened(files[name], self.settings) as file:
+        with opened(where, self.settings) as file:
             rows = _json_rows(file, where) if name.endswith(".jsonl") else csv_rows(file, where, ["file_name"])
             return {str(PurePosixPath(row["file_name"])): row for row in rows if row["file_name"]}
 

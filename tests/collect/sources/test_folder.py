@@ -16,6 +16,7 @@ from momalisa.collect.sources import open_source
 from momalisa.config import Collect, Source
 from momalisa.miniature.wing import serve_in_thread
 from momalisa.records import OK, REJECTED, Artwork, Reason
+from momalisa.storage import Store
 
 
 def folder(location: object, **source: object) -> Collect:
@@ -140,6 +141,7 @@ def test_an_account_without_the_role_is_told_which_one(bucket: Bucket) -> None:
 
 def test_a_bucket_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch, bucket: Bucket) -> None:
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:1")
+    monkeypatch.setattr(Store, "patience_s", 0.5)
 
     async def at_once(_: float) -> None: ...
 
