@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
@@ -180,24 +181,23 @@ class Store:
     def put_file(self, path: str, source: BinaryIO) -> None:
         """Copy an open file in, from its start, never whole in memory."""
 
+        target = self._full(path)
+        hidden = f"{target}.{uuid.uuid4().hex}.partial" if self.is_local else target  # a bucket shows what is whole
+
         def copy() -> None:
             source.seek(0)
-            with self._fs.open(self._full(partial), "wb") as file:
-                shutil.copyfileobj(source, file, 1 << 20)
+            with self._fs.open(hidden, "wb") as file:
+                shutil.copyfileobj(source, file, PIECE)
 
-        partial = f"{path}.partial" if self.is_local else path  # in a bucket nothing is seen before it is whole
         if self.is_local:
-            Path(self._full(path)).parent.mkdir(parents=True, exist_ok=True)
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
         self._ask(copy)
         if self.is_local:
-            os.replace(self._full(partial), self._full(path))
+            os.replace(hidden, target)
 
     def get_file(self, path: str, target: BinaryIO) -> None:
-        """Copy a file out, piece by piece. Raises FileNotFoundError."""
-        full = self._full(path)
-        size = int(self._ask(lambda: self._fs.size(full)))
-        for start in range(0, size, PIECE):
-            target.write(self._ask(lambda start=start: self._fs.cat_file(full, start=start, end=min(size, start + PIECE))))
+        """Copy a file out, never whole in memory. Raises FileNotFoundError."""
+        copy_out(self._fs, self._full(path), target, self._ask)
 
     def list(self, folder: str) -> builtins.list[str]:
         """Every file below a folder, relative to the root, sorted; partial writes and locks are not files."""
@@ -294,6 +294,13 @@ class Store:
             partial.write_bytes(data)
             os.replace(partial, target)
         return directory
+
+
+def copy_out(fs: Any, path: str, target: BinaryIO, ask: Callable[[Callable[[], Any]], Any]) -> None:
+    """Copy a file of an fsspec file system, piece by piece; `ask` makes each call, and may make it again."""
+    size = int(ask(lambda: fs.size(path)))
+    for start in range(0, size, PIECE):
+        target.write(ask(partial(fs.cat_file, path, start=start, end=min(size, start + PIECE))))
 
 
 def in_bucket(location: str) -> bool:

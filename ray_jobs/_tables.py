@@ -80,7 +80,7 @@ def fill(settings: Settings, family: Family, done_paths: tuple[str, ...], texts:
     began, dataset = time.monotonic(), Dataset(settings.dataset)
     counts, done = Counts(), set()
     version = dataset.latest()
-    exclude = {row["id"] for row in dataset.rows(version.duplicates, ["id"])}
+    exclude = dataset.duplicates(version)
     for row in (row for rows in dataset.columns(done_paths, ["id", "status"]) for row in rows):
         if row["id"] in exclude:
             continue

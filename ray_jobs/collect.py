@@ -60,7 +60,6 @@ class Tally:
 
 def run(settings: Settings) -> dict[str, Any]:
     """Collect what is new, publish it, and return the stage's summary. Raises ValueError if too much was bad."""
-    from momalisa.collect import duplicates
     from momalisa.collect.plan import Plan
     from momalisa.collect.sources import open_source
     from momalisa.dataset import Dataset
@@ -73,7 +72,7 @@ def run(settings: Settings) -> dict[str, Any]:
     known, draft = dataset.places(began_at.images), Draft(dataset.store, "collect", short_id(began_at.sha256, decisive(chosen)))
     done = draft.entries()
     stored_before = dataset.places([entry.table for entry in done])
-    source, plan, tally = open_source(chosen), Plan(known, chosen, stored_before), Tally()
+    source, plan, tally = open_source(chosen, dataset.store), Plan(known, chosen, stored_before), Tally()
     tally.resume(stored_before)
     with Progress("collect", None, done=tally.works) as bar:
         for stored in _blocks(settings, plan.blocks(source.works()), known):
@@ -95,7 +94,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "rows_in": plan.listed,
         "rows_out": ok,
         "rejected": plan.listed - ok,
-        "duplicates": len(duplicates.known(dataset, version)),
+        "duplicates": len(dataset.duplicates(version)),
         "new": tally.new,
         "skipped": plan.passed_by,
         "not_on_view": source.left_out["not on view"],

@@ -99,10 +99,13 @@ class Downloader:
                 wanted = _Wanted(url, self.settings.max_bytes, known[index] if known else NOTHING_SAID, self.settings.obey_robots)
                 group.create_task(self._one(session, index, wanted, then))
 
-    async def save(self, url: str, file: BinaryIO, max_bytes: int) -> Fetched:
-        """Fetch what the settings themselves name into a file: without a look at robots.txt, and never into memory."""
+    async def save(self, url: str, file: BinaryIO, max_bytes: int, known: Validators = NOTHING_SAID) -> Fetched:
+        """Fetch what the settings themselves name into a file: without a look at robots.txt, and never into memory.
+
+        `known`: validators of what we have; what has not changed ends as `not_modified`, and nothing is written.
+        """
         async with self._session() as session:
-            return await self._fetch(session, _Wanted(url, max_bytes, obey_robots=False, file=file))
+            return await self._fetch(session, _Wanted(url, max_bytes, known, obey_robots=False, file=file))
 
     async def _one(self, session: aiohttp.ClientSession, index: int, wanted: _Wanted, then: Then) -> None:
         fetched = await self._fetch(session, wanted)

@@ -309,8 +309,3 @@ def renewed(dataset: Dataset, version: Version, before: Version, policy: Literal
         return version
     with looks(dataset, version.images) as seen:
         return replace(version, duplicates=(dataset.store.put_table("duplicates", find(seen)),))
-
-
-def known(dataset: Dataset, version: Version) -> dict[str, dict[str, Any]]:
-    """The duplicates of a version: their rows by id."""
-    return {row["id"]: row for row in dataset.rows(version.duplicates)}

@@ -297,8 +297,12 @@ class Dataset:
         tables = self.columns(version.captions.get(captioner_id, ()), ["id", column, "status"])
         texts = {row["id"]: row[column] for rows in tables for row in rows if row["status"] == OK}
         texts |= self.edits(version)
-        again = {row["id"] for rows in self.columns(version.duplicates, ["id"]) for row in rows}
+        again = self.duplicates(version)
         return {id: text for id, text in texts.items() if id not in again}
+
+    def duplicates(self, version: Version) -> set[str]:
+        """The ids of works that are another work's picture again."""
+        return {row["id"] for rows in self.columns(version.duplicates, ["id"]) for row in rows}
 
     def put_rows(self, folder: str, rows: list[dict[str, Any]], schema: pa.Schema) -> str:
         """Write rows, ordered by id, as one table; returns its path."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,9 +46,10 @@ class LatentCache:
         return [found[shape] for shape in sorted(found)]
 
 
-def load(dataset: Dataset, tables: Sequence[str]) -> LatentCache:
-    """Every good row of some latents tables. Raises ValueError where there is none."""
-    rows = [row for row in dataset.rows(list(tables)) if row["status"] == OK]
+def load(dataset: Dataset, tables: Sequence[str], left_out: Collection[str] = ()) -> LatentCache:
+    """Every good row of some latents tables, but those of `left_out`. Raises ValueError where there is none."""
+    again = set(left_out)
+    rows = [row for row in dataset.rows(list(tables)) if row["status"] == OK and row["id"] not in again]
     if not rows:
         raise ValueError(f"{dataset.store.root}: no work was encoded without an error; see the encode job's rejected rows")
     rows.sort(key=lambda row: row["id"])

@@ -41,22 +41,29 @@ class Plan:
     name: str
     encoder_id: str
     tables: tuple[str, ...]
+    left_out: tuple[str, ...] = ()  # works in them that turned out to be another work's picture again
 
 
 def plan(settings: Settings) -> Plan:
     """Name the run that these settings and the dataset's latest version make."""
     encoder = encoder_id(settings, captioner_id(settings))
-    tables = Dataset(settings.dataset).latest().latents.get(encoder, ())
+    dataset = Dataset(settings.dataset)
+    version = dataset.latest()
+    tables = tuple(sorted(version.latents.get(encoder, ())))
     if not tables:
         raise ValueError(f"{settings.dataset} holds no latents of encoder {encoder}: run the encode job first")
     decisive = settings.train.model_dump(exclude=SHELL_SETTINGS) | {"cell": settings.train.cell_size}
     base = identity(settings.diffusion.model, settings.diffusion.revision)
-    return Plan(f"{settings.name}-{short_id(decisive, base, sorted(tables))}", encoder, tuple(sorted(tables)))
+    left_out = tuple(sorted(dataset.duplicates(version) & dataset.ids(tables)))
+    works = (list(tables), left_out) if left_out else (list(tables),)
+    return Plan(f"{settings.name}-{short_id(decisive, base, *works)}", encoder, tables, left_out)
 
 
 def split(settings: Settings, planned: Plan) -> tuple[LatentCache, LatentCache]:
     """The run's works: (training, held out)."""
-    return caches.split(caches.load(Dataset(settings.dataset), planned.tables), settings.train.held_out_fraction)
+    return caches.split(
+        caches.load(Dataset(settings.dataset), planned.tables, planned.left_out), settings.train.held_out_fraction
+    )
 
 
 def load(settings: Settings, planned: Plan) -> Run:

@@ -236,7 +236,7 @@ class TestVersions:
         return dataset.put_rows("images", [work.row() for work in rows], IMAGES)
 
     def again(self, dataset: Dataset, version: Version) -> dict[str, str]:
-        return {id: found["duplicate_of"] for id, found in duplicates.known(dataset, version).items()}
+        return {row["id"]: row["duplicate_of"] for row in dataset.rows(version.duplicates)}
 
     def test_duplicates_across_blocks_are_found_as_the_collection_grows(self, dataset: Dataset) -> None:
         first = collected(dataset, [self.store(dataset, ("a", jpeg(scene(), 200, 80)), ("b", scene(1)))], "drop")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from momalisa import config
 from momalisa.config import Settings
 from momalisa.dataset import Dataset
-from momalisa.records import LATENTS
+from momalisa.records import DUPLICATES, LATENTS
 from momalisa.training import run as runs
 
 
@@ -60,6 +61,20 @@ def test_more_works_are_another_run(settings: Settings) -> None:
     table = dataset.put_rows(f"latents/{before.encoder_id}", [{**row, "id": "new"}], LATENTS)
     dataset.publish(dataset.latest().with_latents(before.encoder_id, [table]))
     assert runs.plan(settings).name != before.name
+
+
+def test_what_turned_out_to_be_a_duplicate_is_not_trained_on(settings: Settings) -> None:
+    before, dataset = runs.plan(settings), Dataset(settings.dataset)
+    found = {"duplicate_of": "w4", "kind": "near", "distance": 2, "correlation": 0.99}
+    strangers = dataset.put_rows("duplicates", [{"id": "not encoded", **found}], DUPLICATES)
+    dataset.publish(replace(dataset.latest(), duplicates=(strangers,)))
+    assert runs.plan(settings) == before
+    late = dataset.put_rows("duplicates", [{"id": "w3", **found}], DUPLICATES)
+    dataset.publish(replace(dataset.latest(), duplicates=(late,)))
+    planned = runs.plan(settings)
+    training, held_out = runs.split(settings, planned)
+    assert planned.name != before.name
+    assert sorted(training.ids + held_out.ids) == sorted(f"w{i}" for i in range(20) if i != 3)
 
 
 def test_shell_settings_are_settings() -> None:

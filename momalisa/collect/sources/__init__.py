@@ -21,6 +21,7 @@ from momalisa.collect.sources.folder import PictureFolder
 from momalisa.collect.sources.moma import MomaFile
 from momalisa.config import Collect
 from momalisa.records import Artwork
+from momalisa.storage import Store
 
 __all__ = ["ArtworkSource", "open_source"]
 
@@ -33,7 +34,12 @@ class ArtworkSource(Protocol):
         ...
 
 
-def open_source(settings: Collect) -> ArtworkSource:
-    """The source that the settings name. Nothing is read yet."""
-    kinds: dict[str, Callable[[Collect], ArtworkSource]] = {"moma": MomaFile, "folder": PictureFolder, "aic": AicApi}
+def open_source(settings: Collect, beside: Store | None = None) -> ArtworkSource:
+    """The source that the settings name. Nothing is read yet.
+
+    `beside`: the dataset's store, where a source may keep what spares it a download the next time.
+    """
+    if settings.source.kind == "moma":
+        return MomaFile(settings, beside)
+    kinds: dict[str, Callable[[Collect], ArtworkSource]] = {"folder": PictureFolder, "aic": AicApi}
     return kinds[settings.source.kind](settings)

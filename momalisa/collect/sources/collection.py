@@ -1,4 +1,4 @@
-"""A collection file, read as it streams by: a path, a gs:// address, or an http(s) address by way of a temporary file."""
+"""A collection file, read as it streams by: a path, or a gs:// or http(s) address by way of a temporary file."""
 
 from __future__ import annotations
 
@@ -13,38 +13,65 @@ from typing import BinaryIO
 import fsspec
 
 from momalisa.collect.downloader import Downloader
+from momalisa.collect.fetched import NOTHING_SAID
 from momalisa.collect.sources.access import unreadable
+from momalisa.collect.sources.copies import Copy
 from momalisa.config import Collect
 from momalisa.records import Reason
+from momalisa.storage import Store, copy_out, in_bucket, retried
 
 MAX_COLLECTION_BYTES = 4 << 30  # of a collection file; MoMA's has 69 MB
 COLLECTION_TIMEOUT_S = 600.0
 
 
 @contextmanager
-def opened(location: str, settings: Collect) -> Iterator[BinaryIO]:
-    """A collection file's bytes. Raises ValueError naming the location if it cannot be read."""
-    if location.startswith(("http://", "https://")):
-        with tempfile.TemporaryFile(prefix="momalisa-") as file:
-            _download(location, settings, file)
-            file.seek(0)
+def opened(location: str, settings: Collect, beside: Store | None = None) -> Iterator[BinaryIO]:
+    """A collection file's bytes. Raises ValueError naming the location if it cannot be read.
+
+    `beside`: the dataset's store, where a copy is kept of what comes over http(s), so that it is fetched when it has changed.
+    """
+    if not location.startswith(("http://", "https://")) and not in_bucket(location):
+        with _local(location) as file:
             yield file
         return
-    try:
-        file = fsspec.open(location, "rb").open()
-    except Exception as error:  # each storage has its own
-        raise unreadable(location, error) from error
-    with file:
+    with tempfile.TemporaryFile(prefix="momalisa-") as file:
+        if in_bucket(location):
+            _copy(location, file)
+        else:
+            _download(location, settings, file, beside)
+        file.seek(0)
         yield file
 
 
-def _download(url: str, settings: Collect, file: BinaryIO) -> None:
+def _local(location: str) -> BinaryIO:
+    try:
+        file: BinaryIO = fsspec.open(location, "rb").open()
+    except Exception as error:  # each storage has its own
+        raise unreadable(location, error) from error
+    return file
+
+
+def _copy(location: str, file: BinaryIO) -> None:
+    fs, path = fsspec.core.url_to_fs(location, use_listings_cache=False)
+    try:
+        copy_out(fs, path, file, retried)
+    except Exception as error:  # each storage has its own
+        raise unreadable(location, error) from error
+
+
+def _download(url: str, settings: Collect, file: BinaryIO, beside: Store | None) -> None:
     # Whoever wrote the settings named this address, so it may be private; the addresses in the file may not.
     timeout_s = max(settings.timeout_s, COLLECTION_TIMEOUT_S)
     trusting = settings.model_copy(update={"allow_private_addresses": True, "timeout_s": timeout_s})
-    fetched = asyncio.run(Downloader(trusting).save(url, file, MAX_COLLECTION_BYTES))
-    if fetched.reason != Reason.OK:
+    copy = Copy(beside, url) if beside else None
+    known = copy.said if copy else NOTHING_SAID
+    fetched = asyncio.run(Downloader(trusting).save(url, file, MAX_COLLECTION_BYTES, known))
+    if copy and fetched.reason == Reason.NOT_MODIFIED:
+        copy.read(file)
+    elif fetched.reason != Reason.OK:
         raise ValueError(f"{url} cannot be read: {fetched.error}; check collect.source.location, or give a path to a copy")
+    elif copy:
+        copy.keep(file, fetched.validators)
 
 
 def csv_rows(file: BinaryIO, location: str, required: Iterable[str]) -> Iterator[dict[str, str]]:

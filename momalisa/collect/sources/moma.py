@@ -12,6 +12,7 @@ from momalisa.collect.sources.selection import selected
 from momalisa.collect.sources.text import plain
 from momalisa.config import Collect
 from momalisa.records import REJECTED, Artwork, Reason
+from momalisa.storage import Store
 
 REQUIRED = ("ObjectID", "Title", "Artist", "ImageURL", "OnView")
 RIGHTS = "image: rights with the museum or artist; metadata: CC0"
@@ -20,8 +21,9 @@ RIGHTS = "image: rights with the museum or artist; metadata: CC0"
 class MomaFile:
     """A collection file at an http(s) or gs:// address or a path."""
 
-    def __init__(self, settings: Collect) -> None:
-        self.settings, self.source = settings, settings.source
+    def __init__(self, settings: Collect, beside: Store | None = None) -> None:
+        """`beside`: the dataset's store, where a copy of the file is kept."""
+        self.settings, self.source, self.beside = settings, settings.source, beside
         self.left_out: Counter[str] = Counter()
 
     def works(self) -> Iterator[Artwork]:
@@ -32,7 +34,7 @@ class MomaFile:
         location = self.source.location
         chosen = {"Department": self.source.departments, "Classification": self.source.classifications}
         required = [*REQUIRED, *(name for name, wanted in chosen.items() if wanted)]
-        with opened(location, self.settings) as file:
+        with opened(location, self.settings, self.beside) as file:
             for row in csv_rows(file, location, required):
                 yield _work(row), bool(row["OnView"].strip('" '))
 

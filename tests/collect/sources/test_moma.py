@@ -97,16 +97,20 @@ MEASURE = """
 import resource, sys
 from momalisa.collect.sources import open_source
 from momalisa.config import Collect, Source
-source = open_source(Collect(source=Source(location=sys.argv[1], on_view_only=sys.argv[2] == "on view")))
+from momalisa.storage import Store
+chosen = Source(location=sys.argv[1], on_view_only=sys.argv[2] == "on view")
+source = open_source(Collect(source=chosen), Store(sys.argv[3]))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 count = sum(1 for _ in source.works())
 print(count, source.left_out["not on view"], (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
-def measured(location: str, which: str) -> tuple[int, int, int]:
+def measured(location: str, which: str, beside: Path) -> tuple[int, int, int]:
     """(works, works not on view, growth of the peak memory in MiB) of reading a collection file in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", MEASURE, location, which], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, location, which, str(beside)], capture_output=True, text=True, check=True
+    )
     count, left_out, growth = map(int, done.stdout.split())
     return count, left_out, growth
 
@@ -126,10 +130,10 @@ def test_a_collection_file_of_200_mb_streams_by(tmp_path: Path, over_http: bool)
     app.router.add_static("/", tmp_path)
     with serve_in_thread(app) as base:
         location = f"{base}/collection.csv" if over_http else str(path)
-        shown, hidden, growth = measured(location, "on view")
+        shown, hidden, growth = measured(location, "on view", tmp_path / "store")
         assert (shown, hidden) == (count // 100, count - count // 100)
         assert growth < 20
-        everything, _, growth = measured(location, "all")
+        everything, _, growth = measured(location, "all", tmp_path / "store")  # over HTTP: the copy
         assert everything == count
         assert growth < 80  # the ids of 400,000 works, and nothing else
 
