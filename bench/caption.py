@@ -4,6 +4,10 @@
     python bench/caption.py --full-size --batch 4                  # BLIP-base's size, random weights
     python bench/caption.py --full-size --device cuda --batch 64 --precision fp16 --record
 
+The last line is the whole of it on a machine with a GPU: it wants this checkout and a CUDA build of torch 2.13 beside
+transformers, numpy, pillow, pydantic and pyarrow, and neither Ray, nor a cluster, nor downloaded weights. `--peer-precision`
+is `--precision` unless given, so both sides compute alike.
+
 Both sides start from uint8 squares in memory and end with token ids on the CPU; they take turns, and the median of
 each counts. The miniature ends its captions by itself. Random weights hardly ever end one: at full size both sides
 write `--tokens` words for every picture, and a run where a row ended is refused. Before it is timed, what ours says
@@ -13,20 +17,17 @@ is compared with the peer's in the peer's precision. The last line printed is on
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from results import parser, processor, report
+
 PRECISIONS = ("fp32", "bf16", "fp16")
-HEADER = "# Results\n\nFigures per second, ours and the peer's in the same run.\n\n"
-TITLES = "| date | claim | ours | peer | ratio | hardware |\n|---|---|---|---|---|---|\n"
 
 
 def blip(full_size: bool) -> Any:
@@ -135,38 +136,25 @@ def hardware(options: argparse.Namespace) -> str:
 
     if options.device != "cpu":
         return str(torch.cuda.get_device_name())
-    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    return f"{options.threads} threads of {os.cpu_count()} x {names[0] if names else platform.machine()}"
-
-
-def record(figures: dict[str, Any]) -> None:
-    path = Path(__file__).resolve().parent / "RESULTS.md"
-    if not path.exists():
-        path.write_text(HEADER + TITLES, encoding="utf-8")
-    row = [datetime.now(UTC).strftime("%Y-%m-%d"), *(str(figures[key]) for key in ("claim", "ours", "peer", "ratio", "hardware"))]
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(f"| {' | '.join(row)} |\n")
+    return f"{options.threads} threads of {os.cpu_count()} x {processor()}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full-size", action="store_true", help="BLIP-base's architecture with random weights")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda; a GPU replays the decoder's steps as CUDA graphs")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--tokens", type=int, help="new tokens at most (default: 40, at full size 16)")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="ours")
-    parser.add_argument("--peer-precision", choices=PRECISIONS, help="transformers' (default: ours)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--record", action="store_true", help="append a row to bench/RESULTS.md")
-    options = parser.parse_args()
+    command = parser(__doc__)
+    command.add_argument("--full-size", action="store_true", help="BLIP-base's architecture with random weights")
+    command.add_argument("--device", default="cpu", help="cpu or cuda; a GPU replays the decoder's steps as CUDA graphs")
+    command.add_argument("--batch", type=int, default=32)
+    command.add_argument("--tokens", type=int, help="new tokens at most (default: 40, at full size 16)")
+    command.add_argument("--precision", choices=PRECISIONS, default="fp32", help="ours")
+    command.add_argument("--peer-precision", choices=PRECISIONS, help="transformers' (default: ours)")
+    command.add_argument("--threads", type=int, default=os.cpu_count())
+    command.add_argument("--rounds", type=int, default=5)
+    options = command.parse_args()
     options.tokens = options.tokens or (16 if options.full_size else 40)
     options.peer_precision = options.peer_precision or options.precision
-    figures = measure(options)
-    if options.record:
-        record(figures)
-    print(json.dumps(figures))
+    report(measure(options), options.record)
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
     main()

@@ -4,26 +4,24 @@
     python bench/scale.py --works 20000 --record    # 20,000 and 200,000
 
 The jobs run as programs on a Ray of their own. Memory is the proportional share (PSS) of everything that a job started,
-Ray's own processes among them, sampled once a second. The models are the real classes with tiny random weights, so that
+Ray's own processes among them, sampled once a second; `held_mib` says what held it at its peak. The models are the real classes with tiny random weights, so that
 the machinery is measured and not the models. The last line printed is one JSON object: `ours` is the peak with ten times
 the works, `peer` with as many as given, in MiB; `stages` has the figures of each.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import psutil
+from results import parser, processor, report
 
 HERE = Path(__file__).resolve()
 HOME = HERE.parents[1]
@@ -87,28 +85,39 @@ def make_models(folder: Path) -> list[str]:
 
 
 class Watch(threading.Thread):
-    """Samples the memory of a process and all that descends from it."""
+    """Samples the memory of a process and all that descends from it: `peak_mib`, and by what was `held` then."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
         self.root, self.peak_mib, self.over = psutil.Process(pid), 0.0, threading.Event()
+        self.held: dict[str, int] = {}
 
     def run(self) -> None:
         while not self.over.wait(1.0):
-            total = 0
+            held: dict[str, float] = {}
             try:
                 family = [self.root, *self.root.children(recursive=True)]
             except psutil.NoSuchProcess:
                 return
             for member in family:
-                try:
-                    total += member.memory_full_info().pss
-                except psutil.Error:
-                    continue
-            self.peak_mib = max(self.peak_mib, total / 2**20)
+                for key, size in self.shares(member).items():
+                    held[key] = held.get(key, 0.0) + size
+            if sum(held.values()) > self.peak_mib:
+                self.peak_mib, self.held = sum(held.values()), {key: round(size) for key, size in sorted(held.items())}
+
+    def shares(self, member: psutil.Process) -> dict[str, float]:
+        """MiB that a process holds for itself, and its share of mapped files and of shared memory (Ray's object store)."""
+        try:
+            lines = Path(f"/proc/{member.pid}/smaps_rollup").read_text().splitlines()
+            title = member.cmdline()[0]
+        except (psutil.Error, OSError, IndexError):
+            return {}
+        name = "driver" if member == self.root else "workers" if title.startswith("ray::") else "ray itself"
+        kinds = {"Pss_Anon:": name, "Pss_File:": "files", "Pss_Shmem:": "object store"}
+        return {kinds[kind]: int(size) / 1024 for kind, size, *_ in map(str.split, lines) if kind in kinds}
 
 
-def run(stage: str, root: Path, pictures: Path, more: list[str], log: Path) -> dict[str, float]:
+def run(stage: str, root: Path, pictures: Path, more: list[str], log: Path) -> dict[str, Any]:
     """One stage as a program; its seconds and its peak memory in MiB."""
     where = [f"--root={root}", "--collect.source.kind=folder", f"--collect.source.location={pictures}"]
     fixed = ["--collect.block_size=256", "--caption.max_new_tokens=2", "--encode.resolution_px=32", "--caption.batch=64"]
@@ -126,7 +135,7 @@ def run(stage: str, root: Path, pictures: Path, more: list[str], log: Path) -> d
     watch.over.set()
     if code:
         raise SystemExit(f"{stage} failed; the end of its log:\n{log.read_text()[-3000:]}")
-    return {"seconds": round(time.monotonic() - began, 1), "peak_mib": round(watch.peak_mib)}
+    return {"seconds": round(time.monotonic() - began, 1), "peak_mib": round(watch.peak_mib), "held_mib": watch.held}
 
 
 def measure(works: int) -> dict[str, Any]:
@@ -141,29 +150,21 @@ def measure(works: int) -> dict[str, Any]:
                 found[stage][count] = figures | {"works_per_s": round(count / figures["seconds"], 1)}
                 print(f"{stage}, {count} works: {figures}", file=sys.stderr, flush=True)
     small, large = (max(found[stage][count]["peak_mib"] for stage in STAGES) for count in (works, 10 * works))
-    processor = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     return {
         "claim": f"peak memory of collect, caption and encode, MiB: {10 * works:,} works against {works:,} (flat within 10%)",
         "ours": large,
         "peer": small,
         "ratio": round(large / small, 2),
-        "hardware": f"{os.cpu_count()} x {processor[0] if processor else 'unknown'}",
+        "hardware": f"{os.cpu_count()} x {processor()}",
         "stages": found,
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--works", type=int, default=2000, help="the smaller number; the larger one is ten times as many")
-    parser.add_argument("--record", action="store_true", help="append a row to bench/RESULTS.md")
-    options = parser.parse_args()
-    figures = measure(options.works)
-    if options.record:
-        date = datetime.now(UTC).strftime("%Y-%m-%d")
-        cells = (date, *(str(figures[key]) for key in ("claim", "ours", "peer", "ratio", "hardware")))
-        with open(HERE.parent / "RESULTS.md", "a", encoding="utf-8") as file:
-            file.write(f"| {' | '.join(cells)} |\n")
-    print(json.dumps(figures))
+    command = parser(__doc__)
+    command.add_argument("--works", type=int, default=2000, help="the smaller number; the larger one is ten times as many")
+    options = command.parse_args()
+    report(measure(options.works), options.record)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import sys
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from transformers import BlipImageProcessorPil
 
@@ -16,12 +18,56 @@ from momalisa.square import Square
 PICTURE = draw.draw(draw.all_scenes()[3], seed=1).resize((300, 200))
 
 
+def grained(width: int, height: int) -> Image.Image:
+    """Hard edges and grain, where filters differ most."""
+    values = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    values[height // 4 : height // 2, width // 3 : width // 2] = (250, 20, 20)
+    return Image.fromarray(values)
+
+
+def theirs(picture: Image.Image, size_px: int) -> np.ndarray:
+    """The square of transformers' own processor."""
+    processor = BlipImageProcessorPil(size={"height": size_px, "width": size_px}, do_normalize=False, do_rescale=False)
+    return processor(images=picture, return_tensors="np").pixel_values[0].transpose(1, 2, 0)
+
+
+def assert_same(picture: Image.Image, size_px: int) -> None:
+    """Up to rounding, between the two passes and after them."""
+    off = np.abs(Square(size_px)(picture).astype(int) - theirs(picture, size_px))
+    assert off.max() <= 3
+    assert off.mean() < 0.25 or size_px < 16
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK"])
 def test_squeezed_pixels_are_those_of_transformers(mode: str) -> None:
-    picture = PICTURE.convert(mode)
-    processor = BlipImageProcessorPil(size={"height": 48, "width": 48}, do_normalize=False, do_rescale=False)
-    theirs = processor(images=picture, return_tensors="np").pixel_values[0].transpose(1, 2, 0)
-    np.testing.assert_array_equal(Square(48)(picture), theirs)
+    assert_same(PICTURE.convert(mode), 48)
+
+
+@pytest.mark.parametrize(
+    "size", [(1024, 700), (640, 480), (120, 90), (30, 900), (2600, 1800)]
+)  # the last is too large to be lent
+def test_of_every_size_and_at_the_hardest_edges(size: tuple[int, int]) -> None:
+    assert_same(grained(*size), 384)
+
+
+def test_a_square_of_the_right_size_is_the_picture_itself() -> None:
+    picture = grained(384, 384)
+    np.testing.assert_array_equal(Square(384)(picture), np.asarray(picture))
+
+
+@pytest.mark.parametrize("side", [64, 300])
+def test_a_square_outlives_its_picture(side: int) -> None:
+    made = Square(64)(grained(side, side))
+    kept = made.copy()
+    for _ in range(20):
+        Square(64)(Image.new("RGB", (side, side)))
+    np.testing.assert_array_equal(made, kept)
+
+
+@given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 80))
+@settings(max_examples=60, deadline=None)
+def test_any_size_becomes_any_square(width: int, height: int, size_px: int) -> None:
+    assert_same(grained(width, height), size_px)
 
 
 def test_the_centre_is_kept_in_proportion() -> None:

@@ -22,7 +22,7 @@ from momalisa.config import Caption, Diffusion, Settings
 from momalisa.pretrained import pretrained
 from momalisa.weights import identity, locate, short_id
 
-PREPROCESSING = 2  # raise it when a picture's square, its normalisation or the form of a text changes
+PREPROCESSING = 3  # raise it when a picture's square, its normalisation or the form of a text changes
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
