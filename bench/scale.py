@@ -5,8 +5,8 @@
 
 The jobs run as programs on a Ray of their own. Memory is the proportional share (PSS) of everything that a job started,
 Ray's own processes among them, sampled once a second; `held_mib` says what held it at its peak. The models are the real
-classes with tiny random weights, so that the machinery is measured and not the models. The last line printed is one JSON object: `ours` is the peak with ten times
-the works, `peer` with as many as given, in MiB; `stages` has the figures of each.
+classes with tiny random weights, so that the machinery is measured and not the models. The last line printed is one JSON
+object: `ours` is the peak with ten times the works, `peer` with as many as given, in MiB; `stages` has the figures of each.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A picture -> a square of uint8 pixels, as a model takes it. Light imports: torch only where a picture is squeezed.
 
-A picture that is squeezed smaller is Pillow's bicubic one up to rounding (of paintings 0.2 of 255 levels in the mean, 3 at
-most) in a fifth of the time: torch filters bytes with wider instructions, and reads them where Pillow has decoded them. (A picture
-that is enlarged is filtered in another order there, so that is left to Pillow.)
+A picture that is squeezed smaller is Pillow's bicubic one up to rounding (of paintings 0.2 of 255 levels in the mean, 3
+at most) in a fifth of the time: torch filters bytes with wider instructions, and reads them where Pillow has decoded them.
+(A picture that is enlarged is filtered in another order there, so that is left to Pillow.)
 """
 
 from __future__ import annotations

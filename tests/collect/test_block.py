@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +17,6 @@ from momalisa.collect.hosts import Hosts
 from momalisa.collect.pace import Share
 from momalisa.config import Collect, Source
 from momalisa.dataset import Dataset
-from momalisa.miniature.wing import serve_in_thread
 from momalisa.records import OK, REJECTED, Artwork, Reason
 
 SETTINGS = Collect(allow_private_addresses=True, attempts=1, requests_per_second=1000)
@@ -59,12 +57,6 @@ class Museum:
 @pytest.fixture
 def museum() -> Museum:
     return Museum()
-
-
-@pytest.fixture
-def base(museum: Museum) -> Iterator[str]:
-    with serve_in_thread(museum.app) as address:
-        yield address
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterator
 from email.utils import formatdate
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from momalisa.collect.hosts import Hosts
 from momalisa.collect.pace import Share
 from momalisa.collect.robots import RobotsFile
 from momalisa.config import Collect
-from momalisa.miniature.wing import serve_in_thread
 from momalisa.records import Reason
 
 TRUSTING = Collect(allow_private_addresses=True, attempts=3, timeout_s=5, max_bytes=10_000, requests_per_second=10_000)
@@ -124,12 +122,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def museum() -> Museum:
     return Museum()
-
-
-@pytest.fixture
-def base(museum: Museum) -> Iterator[str]:
-    with serve_in_thread(museum.app) as address:
-        yield address
 
 
 def fetch(

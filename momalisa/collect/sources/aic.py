@@ -20,10 +20,11 @@ from typing import Any
 from urllib.parse import urlencode
 
 from momalisa.collect.downloader import Downloader
+from momalisa.collect.sources.listing import NO_PICTURE, listed
 from momalisa.collect.sources.selection import selected
 from momalisa.collect.sources.text import plain
 from momalisa.config import AIC_API, Collect
-from momalisa.records import REJECTED, Artwork, Reason
+from momalisa.records import Artwork, Reason
 
 PAGE_SIZE = 100  # the API's largest
 SEARCH_RESULTS = 10_000  # of one search, no more can be had
@@ -107,11 +108,10 @@ def _work(record: dict[str, Any], config: dict[str, Any]) -> Artwork:
     image_id = facts.get("image_id", "")
     iiif = config.get("iiif_url") or "https://www.artic.edu/iiif/2"
     website = config.get("website_url") or "https://www.artic.edu"
-    return Artwork(
-        id=f"aic-{record['id']}",
-        status="" if image_id else REJECTED,
-        error="" if image_id else "no picture",
-        reason="" if image_id else Reason.NO_PICTURE,
+    return listed(
+        f"aic-{record['id']}",
+        f"{iiif}/{image_id}/{PICTURE}" if image_id else "",
+        "" if image_id else NO_PICTURE,
         title=facts.get("title", ""),
         artist=facts.get("artist_title") or facts.get("artist_display", ""),
         date=facts.get("date_display", ""),
@@ -121,5 +121,4 @@ def _work(record: dict[str, Any], config: dict[str, Any]) -> Artwork:
         credit=facts.get("credit_line", ""),
         rights=RIGHTS,
         url=f"{website}/artworks/{record['id']}",
-        image_url=f"{iiif}/{image_id}/{PICTURE}" if image_id else "",
     )

@@ -9,7 +9,7 @@ Like the validators of pictures they lie beside the dataset: no manifest names t
 from __future__ import annotations
 
 import hashlib
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from momalisa.collect.fetched import NOTHING_SAID, Validators
 from momalisa.storage import Store
@@ -42,7 +42,8 @@ class Copy:
         if not said:
             return
         file.seek(0)
-        path = f"{FOLDER}/{hashlib.file_digest(file, 'sha256').hexdigest()[:32]}.csv"
+        readable: Any = file  # typeshed asks for `readinto`, which BinaryIO does not promise
+        path = f"{FOLDER}/{hashlib.file_digest(readable, 'sha256').hexdigest()[:32]}.csv"
         if path != self._path:
             self.store.put_file(path, file)
         self.store.write_json(self._record, {"copy": path, "etag": said.etag, "last_modified": said.last_modified})

@@ -14,10 +14,11 @@ import fsspec
 
 from momalisa.collect.sources.access import unreadable
 from momalisa.collect.sources.collection import csv_rows, opened
+from momalisa.collect.sources.listing import NO_PICTURE, listed
 from momalisa.collect.sources.selection import selected
 from momalisa.collect.sources.text import plain
 from momalisa.config import Collect
-from momalisa.records import REJECTED, Artwork, Reason
+from momalisa.records import Artwork
 from momalisa.storage import in_bucket, retried
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".tif", ".tiff", ".bmp"}
@@ -96,11 +97,10 @@ def _json_rows(file: BinaryIO, location: str) -> Iterator[dict[str, str]]:
 
 def _work(name: str, address: str, told: dict[str, str]) -> Artwork:
     facts = {key: plain(value) for key, value in told.items()}
-    return Artwork(
-        id=f"folder-{hashlib.sha256(name.encode()).hexdigest()[:16]}",
-        status="" if address else REJECTED,
-        error="" if address else "no picture",
-        reason="" if address else Reason.NO_PICTURE,
+    return listed(
+        f"folder-{hashlib.sha256(name.encode()).hexdigest()[:16]}",
+        address or name,
+        "" if address else NO_PICTURE,
         title=facts.get("title", ""),
         artist=facts.get("artist", ""),
         date=facts.get("date") or facts.get("year", ""),
@@ -110,5 +110,4 @@ def _work(name: str, address: str, told: dict[str, str]) -> Artwork:
         credit=facts.get("credit", ""),
         rights=facts.get("rights") or facts.get("licence") or facts.get("license", ""),
         url=facts.get("url", ""),
-        image_url=address or name,
     )

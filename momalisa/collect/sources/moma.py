@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Iterator
 
 from momalisa.collect.sources.collection import csv_rows, opened
+from momalisa.collect.sources.listing import NO_PICTURE, listed
 from momalisa.collect.sources.selection import selected
 from momalisa.collect.sources.text import plain
 from momalisa.config import Collect
-from momalisa.records import REJECTED, Artwork, Reason
+from momalisa.records import Artwork
 from momalisa.storage import Store
 
 REQUIRED = ("ObjectID", "Title", "Artist", "ImageURL", "OnView")
@@ -40,16 +41,15 @@ class MomaFile:
 
 
 def _work(row: dict[str, str]) -> Artwork:
-    problem = "" if row["ImageURL"] else "no picture"
+    problem = "" if row["ImageURL"] else NO_PICTURE
     object_id = row["ObjectID"]
     if not object_id:
         row_hash = hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()
         problem, object_id = "no ObjectID", f"row-{row_hash[:16]}"
-    return Artwork(
-        id=f"moma-{object_id}",
-        status=REJECTED if problem else "",
-        error=problem,
-        reason=Reason.NO_PICTURE if problem else "",
+    return listed(
+        f"moma-{object_id}",
+        row["ImageURL"],
+        problem,
         title=plain(row["Title"]),
         artist=plain(row["Artist"]),
         date=plain(row.get("Date", "")),
@@ -59,5 +59,4 @@ def _work(row: dict[str, str]) -> Artwork:
         credit=plain(row.get("CreditLine", "")),
         rights=RIGHTS,
         url=row.get("URL", ""),
-        image_url=row["ImageURL"],
     )
