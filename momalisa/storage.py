@@ -117,19 +117,10 @@ class Store:
             except FileNotFoundError as error:
                 raise StorageError(f"{self.url(path)} cannot be written: there is no such bucket; create it first") from error
             return
-        partial = f"{target}.{uuid.uuid4().hex}.partial"
-        try:
-            Path(target).parent.mkdir(parents=True, exist_ok=True)
-            with open(partial, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, target)
-        except OSError as error:
-            Path(partial).unlink(missing_ok=True)
-            if error.errno not in FULL:
-                raise
-            raise StorageError(full(target, len(data), error)) from error
+        with _replacing(target, len(data)) as hidden, open(hidden, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
 
     def read_json(self, path: str) -> Any:
         return json.loads(self.read_bytes(path))
@@ -179,21 +170,19 @@ class Store:
             yield
 
     def put_file(self, path: str, source: BinaryIO) -> None:
-        """Copy an open file in, from its start, never whole in memory."""
+        """Copy an open file in, from its start, never whole in memory. Raises StorageError as `write_bytes` does."""
+        size = source.seek(0, os.SEEK_END)
 
-        target = self._full(path)
-        hidden = f"{target}.{uuid.uuid4().hex}.partial" if self.is_local else target  # a bucket shows what is whole
-
-        def copy() -> None:
+        def copy(target: str) -> None:
             source.seek(0)
-            with self._fs.open(hidden, "wb") as file:
+            with self._fs.open(target, "wb") as file:
                 shutil.copyfileobj(source, file, PIECE)
 
         if self.is_local:
-            Path(target).parent.mkdir(parents=True, exist_ok=True)
-        self._ask(copy)
-        if self.is_local:
-            os.replace(hidden, target)
+            with _replacing(self._full(path), size) as hidden:
+                copy(hidden)
+        else:  # a bucket shows what is whole
+            self._ask(lambda: copy(self._full(path)))
 
     def get_file(self, path: str, target: BinaryIO) -> None:
         """Copy a file out, never whole in memory. Raises FileNotFoundError."""
@@ -326,6 +315,21 @@ def parquet_bytes(table: pa.Table) -> bytes:
         store_schema=False,
     )
     return sink.getvalue()
+
+
+@contextmanager
+def _replacing(target: str, size: int) -> Iterator[str]:
+    """The name of a file to write, which takes the target's place once it is whole. Raises StorageError where a disk is full."""
+    hidden = f"{target}.{uuid.uuid4().hex}.partial"
+    try:
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        yield hidden
+        os.replace(hidden, target)
+    except OSError as error:
+        Path(hidden).unlink(missing_ok=True)
+        if error.errno not in FULL:
+            raise
+        raise StorageError(full(target, size, error)) from error
 
 
 def full(target: str, size: int, error: OSError) -> str:

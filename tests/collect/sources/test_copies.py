@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,3 +99,19 @@ def test_a_copy_comes_out_of_a_bucket_as_it_went_in(bucket: str, monkeypatch: py
     again.read(out)
     assert (again.said, out.getvalue()) == (Validators("e"), data)
     assert Copy(store, "http://museum/another.csv").said == Validators()
+
+
+def test_a_copy_that_does_not_fit_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+    code = """
+import io, resource, signal, sys
+from momalisa.collect.fetched import Validators
+from momalisa.collect.sources.copies import Copy
+from momalisa.storage import Store
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+Copy(Store(sys.argv[1]), "http://museum/collection.csv").keep(io.BytesIO(bytes(5000)), Validators("e"))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "store")], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "5,000 bytes to write" in done.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
