@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from momalisa.captioner import captioner_id
 from momalisa.config import Settings
@@ -31,6 +32,9 @@ SHELL_SETTINGS = {
     "micro_batch",
     "checkpoint_every_images",
     "keep_states",
+    "cache_dir",
+    "ema_offload",
+    "peak_tflops",
 }
 
 
@@ -48,7 +52,10 @@ def plan(settings: Settings) -> Plan:
     encoder = encoder_id(settings, captioner_id(settings))
     tables = Dataset(settings.dataset).latest().latents.get(encoder, ())
     if not tables:
-        raise ValueError(f"{settings.dataset} holds no latents of encoder {encoder}: run the encode job first")
+        raise ValueError(
+            f"{settings.dataset} holds no latents of encoder {encoder} (these settings' models, captions and encode.*): run the "
+            "encode job first, with the same configuration: python -m ray_jobs.encode --config ..."
+        )
     decisive = settings.train.model_dump(exclude=SHELL_SETTINGS) | {"cell": settings.train.cell_size}
     base = identity(settings.diffusion.model, settings.diffusion.revision)
     return Plan(f"{settings.name}-{short_id(decisive, base, sorted(tables))}", encoder, tuple(sorted(tables)))
@@ -56,7 +63,16 @@ def plan(settings: Settings) -> Plan:
 
 def split(settings: Settings, planned: Plan) -> tuple[LatentCache, LatentCache]:
     """The run's works: (training, held out)."""
-    return caches.split(caches.load(Dataset(settings.dataset), planned.tables), settings.train.held_out_fraction)
+    chosen = settings.train
+    folder = Path(chosen.cache_dir) if chosen.cache_dir else None
+    return caches.split(caches.load(Dataset(settings.dataset), planned.tables, folder), chosen.held_out_fraction)
+
+
+def count(settings: Settings, planned: Plan) -> tuple[int, int]:
+    """How many works are (trained on, held out). Raises ValueError for fewer than two."""
+    ids = sorted(Dataset(settings.dataset).ids(planned.tables, only_ok=True))
+    training, held_out = caches.sides(ids, settings.train.held_out_fraction)
+    return len(training), len(held_out)
 
 
 def load(settings: Settings, planned: Plan) -> Run:
