@@ -30,7 +30,7 @@ def run(settings: Settings) -> dict[str, Any]:
     training, held_out = runs.count(settings, planned)
     before = read_all(store, planned.name)
     seen = before[-1].images_seen if before else 0
-    new = seen < settings.train.images
+    new = seen < settings.train.images and not (before and before[-1].training.get("stopped"))
     if new:
         fit(settings, planned)
         before = read_all(store, planned.name)

@@ -53,8 +53,8 @@ def plan(settings: Settings) -> Plan:
     tables = Dataset(settings.dataset).latest().latents.get(encoder, ())
     if not tables:
         raise ValueError(
-            f"{settings.dataset} holds no latents of encoder {encoder} (these settings' models, captions and encode.*): run the "
-            "encode job first, with the same configuration: python -m ray_jobs.encode --config ..."
+            f"{settings.dataset} holds no latents of encoder {encoder}: run the encode job first, with these settings: "
+            "python -m ray_jobs.encode --config ... (another model, resolution, bucket or caption setting is another encoder)"
         )
     decisive = settings.train.model_dump(exclude=SHELL_SETTINGS) | {"cell": settings.train.cell_size}
     base = identity(settings.diffusion.model, settings.diffusion.revision)

@@ -90,7 +90,7 @@ def test_what_is_heard_and_written(run: Run) -> None:
     ]
     assert [what for what in heard if what[0] == "checkpoint"] == [("checkpoint", 24), ("checkpoint", 48)]
     assert heard.index(("checkpoint", 48)) < heard.index(("synchronise", 48))  # the last one is waited for
-    assert trainer.bare_unet.training
+    assert trainer.bare.unet.training
     cosine = [0.5 * (1 + math.cos(math.pi * seen / 48)) for seen in range(0, 48, 8)]
     assert rates == pytest.approx([3e-3 * warm * c for warm, c in zip([0.5, 1, 1, 1, 1, 1], cosine, strict=True)])
     first, last = checkpoints.read_all(run.store, run.name)
@@ -145,9 +145,9 @@ def test_a_corrupted_state_is_passed_over(run: Run, capsys: pytest.CaptureFixtur
 
 def test_lora_trains_its_adapters_and_nothing_else(run: Run) -> None:
     trainer = Trainer(changed(run, lora_rank=2, images=24), Events())
-    before = {name: value.clone() for name, value in trainer.bare_unet.state_dict().items()}
+    before = {name: value.clone() for name, value in trainer.bare.unet.state_dict().items()}
     trainer.train()
-    moved = {name for name, value in trainer.bare_unet.state_dict().items() if not torch.equal(value, before[name])}
+    moved = {name for name, value in trainer.bare.unet.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == set(trainer.trained)
     assert all("lora" in name for name in moved)
     saved = checkpoints.read_all(run.store, run.name)[-1]
@@ -159,7 +159,7 @@ def test_all_weights_move_in_a_full_fine_tune(run: Run) -> None:
     trainer = Trainer(changed(run, images=24), Events())
     before = {name: value.detach().clone() for name, value in trainer.trained.items()}
     trainer.train()
-    assert set(before) == {name for name, _ in trainer.bare_unet.named_parameters()}
+    assert set(before) == {name for name, _ in trainer.bare.unet.named_parameters()}
     still = [name for name, value in trainer.trained.items() if torch.equal(value, before[name])]
     assert not still
 
