@@ -123,7 +123,7 @@ def add_text_adapters(directory: Path, text_encoder: Any, values: dict[str, torc
     own = {name.removeprefix(TEXT_PREFIX): value for name, value in values.items() if name.startswith(TEXT_PREFIX)}
     if not own:
         return
-    named = convert_state_dict_to_diffusers(get_peft_model_state_dict(text_encoder, state_dict=own))
+    named = convert_state_dict_to_diffusers(get_peft_model_state_dict(text_encoder, state_dict=own, save_embedding_layers=False))
     with safe_open(directory / LORA_FILE, framework="pt") as file:
         found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
         metadata = file.metadata()

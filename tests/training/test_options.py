@@ -66,7 +66,7 @@ def test_plain_diffusers_draws_with_the_adapters_as_training_did(
         ours = trainer.bare.eval()(noisy, t, text)
     saved = checkpoints.read_all(run.store, run.name)[-1]
     folder = Path(run.store.root) / saved.path / "weights"
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None, dtype=torch.float32)
     base = pipeline.unet(noisy, t, pipeline.encode_prompt(PROMPT, "cpu", 1, False)[0]).sample
     pipeline.load_lora_weights(folder, weight_name=checkpoints.LORA_FILE)
     with torch.no_grad():
