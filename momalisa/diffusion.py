@@ -19,7 +19,6 @@ from diffusers import DDPMScheduler
 from momalisa.config import Diffusion
 from momalisa.weights import locate
 
-
 PREDICTIONS = ("epsilon", "v_prediction")
 
 
@@ -41,8 +40,8 @@ class Schedule:
             raise ValueError(f"diffusion.model {diffusion.model!r} predicts {prediction!r}, not {known}")
         if zero_terminal_snr and prediction != "v_prediction":
             raise ValueError(
-                f"train.zero_terminal_snr: diffusion.model {diffusion.model!r} predicts {prediction!r}, and from noise alone there "
-                "is nothing to learn about noise; set it to false, or take a v-prediction model such as Stable Diffusion 2.1"
+                f"train.zero_terminal_snr: diffusion.model {diffusion.model!r} predicts {prediction!r}, and from noise alone "
+                "there is nothing to learn about noise; set it to false, or take a model of v such as Stable Diffusion 2.1"
             )
         return cls(without_terminal_signal(alphas) if zero_terminal_snr else alphas, prediction)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -41,8 +42,8 @@ class Pass:
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Pass:
-        named = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **{name: change(value) for name, value in named.items()})
+        changed: dict[str, Any] = {name: change(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **changed)
 
 
 class Texts:
@@ -53,7 +54,12 @@ class Texts:
     """
 
     def __init__(
-        self, encoder: TextEncoder, token_ids: torch.Tensor, dtype: torch.dtype, general: Sequence[str] = (), trained: bool = False
+        self,
+        encoder: TextEncoder,
+        token_ids: torch.Tensor,
+        dtype: torch.dtype,
+        general: Sequence[str] = (),
+        trained: bool = False,
     ) -> None:
         """`token_ids` [N, L] of the works; the `general` texts and the empty one are added."""
         self.works, self.general_count = len(token_ids), len(general)

@@ -1,8 +1,8 @@
 """The training set: captions and token ids in memory, moments mapped from the node's disk.
 
-    <folder>/<hash of the tables>.f16       all moments, one after another: the workers of a node share its pages
-    <folder>/<hash of the tables>.parquet   id, caption, token ids, place and shape of each row; written last
-    <folder>/lock                           held while a file is made, found or removed
+<folder>/<hash of the tables>.f16       all moments, one after another: the workers of a node share its pages
+<folder>/<hash of the tables>.parquet   id, caption, token ids, place and shape of each row; written last
+<folder>/lock                           held while a file is made, found or removed
 """
 
 from __future__ import annotations

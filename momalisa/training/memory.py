@@ -65,7 +65,9 @@ def estimate(settings: Settings) -> Memory:
     with torch.device("meta"):
         unet = build(config)
         every = sum(value.numel() for value in unet.parameters())
-        taught = sum(value.numel() for value in trainable(unet, train.model_copy(update={"gradient_checkpointing": False})).values())
+        taught = sum(
+            value.numel() for value in trainable(unet, train.model_copy(update={"gradient_checkpointing": False})).values()
+        )
     half = train.precision != "fp32"
     share = -(-train.batch // train.workers)
     size, side = min(train.micro_batch or share, share), settings.encode.resolution_px // 8

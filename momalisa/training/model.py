@@ -97,9 +97,8 @@ def adapters(settings: Train, targets: list[str]) -> Any:
     from peft import LoraConfig
 
     assert settings.lora_rank is not None
-    return LoraConfig(
-        r=settings.lora_rank, lora_alpha=settings.lora_alpha or settings.lora_rank, target_modules=targets, use_dora=settings.dora
-    )
+    alpha: Any = settings.lora_alpha or settings.lora_rank  # a float is as good as an int
+    return LoraConfig(r=settings.lora_rank, lora_alpha=alpha, target_modules=targets, use_dora=settings.dora)
 
 
 def publishable(values: dict[str, torch.Tensor], settings: Train) -> dict[str, torch.Tensor]:

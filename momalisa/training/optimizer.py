@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,7 +17,7 @@ def build(settings: Train, parameters: Iterable[torch.nn.Parameter]) -> torch.op
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **options)
     try:
-        import bitsandbytes
+        bitsandbytes = importlib.import_module("bitsandbytes")
     except ImportError as error:
         raise ValueError(f"train.optimizer=adamw8bit needs bitsandbytes ({error}): pip install 'momalisa[adam8bit]'") from error
     found: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(parameters, **options)

@@ -82,7 +82,9 @@ def test_plain_diffusers_draws_with_the_adapters_as_training_did(
 def test_adapters_on_the_text_encoder_are_trained_and_resumed(tiny_base: Path, tmp_path: Path) -> None:
     run = run_of(tiny_base, tmp_path / "a", lora_rank=2, lora_text_encoder=True)
     trainer = Trainer(run, Events())
-    frozen = {name: value.clone() for name, value in trainer.bare.state_dict().items() if name.split("unet.")[-1] not in trainer.trained}
+    frozen = {
+        name: value.clone() for name, value in trainer.bare.state_dict().items() if name.split("unet.")[-1] not in trainer.trained
+    }
     start = {name: value.detach().clone() for name, value in trainer.trained.items() if name.startswith("text_encoder.")}
     trainer.train()
     assert start
@@ -175,9 +177,7 @@ def test_eight_bit_adam_learns_and_resumes_bit_by_bit(tiny_base: Path, tmp_path:
     assert ends[0].state == ends[1].state
 
 
-def test_without_bitsandbytes_the_way_out_is_named(
-    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_bitsandbytes_the_way_out_is_named(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match=r"train.optimizer=adamw8bit needs bitsandbytes .*pip install 'momalisa\[adam8bit\]'"):
         Trainer(run_of(tiny_base, tmp_path, optimizer="adamw8bit"), Events())
