@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DDPCommunicationHookType, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from momalisa import checkpoint as checkpoints
 from momalisa.checkpoint import Checkpoint
@@ -86,6 +87,8 @@ class Trainer:
         optimizer = optimizers.build(settings, self.trained.values())
         self.denoiser, self.optimizer = self.accelerator.prepare(denoiser, optimizer)
         self.bare = denoiser
+        if settings.gradient_compression == "bf16" and workers > 1:  # a lambda: DDP refuses the hook's own name without NCCL
+            self.denoiser.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
         self.prior = Prior(denoiser, settings, dtype) if settings.prior_weight else None
         self._forward = torch.compile(self.denoiser, dynamic=False) if settings.compile else self.denoiser
         if not settings.ema_offload:
@@ -296,8 +299,7 @@ def accelerator(settings: Train, workers: int) -> Accelerator:
     cpu = not torch.cuda.is_available()
     if cpu and settings.precision == "fp16":
         raise ValueError("train.precision='fp16' needs a GPU; try bf16 or fp32")
-    hook = DDPCommunicationHookType.BF16 if settings.gradient_compression == "bf16" else DDPCommunicationHookType.NO
-    exchange = DistributedDataParallelKwargs(comm_hook=hook, gradient_as_bucket_view=True)
+    exchange = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     precision = "no" if settings.precision == "fp32" else settings.precision
     found = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[exchange])
     if found.num_processes != workers:
