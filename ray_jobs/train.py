@@ -34,6 +34,8 @@ def run(settings: Settings) -> dict[str, Any]:
     if new:
         fit(settings, planned)
         before = read_all(store, planned.name)
+        if runs.plan(settings).name != planned.name:
+            print("train: the dataset has changed since this run began: it knew the works and captions of then; train again")
     else:
         print(f"train: nothing new (run {planned.name} has seen its {seen} images)")
     return {
