@@ -91,3 +91,15 @@ def test_the_table_adds_up(tiny_base: Path) -> None:
     lines = memory.table(made).splitlines()
     assert [line.split()[0] for line in lines][-1] == "peak"
     assert float(lines[-1].split()[1]) == pytest.approx(memory.estimate(made).peak, abs=0.01)
+
+
+def test_every_option_is_documented() -> None:
+    text = (HOME / "docs" / "training.md").read_text()
+    assert [name for name in Train.model_fields if f"`{name}`" not in text and f"`{name}:" not in text] == []
+
+
+def test_the_documented_peaks_are_what_is_computed() -> None:
+    text = (HOME / "docs" / "training.md").read_text()
+    for name in ("sd14.yaml", "sd14-24gb.yaml", "sd14-lora.yaml"):
+        (line,) = [line for line in text.splitlines() if line.startswith("| one card") and f"`configs/{name}`" in line]
+        assert f"{memory.estimate(settings(name)).peak:.1f} GiB" in line
