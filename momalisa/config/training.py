@@ -75,7 +75,8 @@ class Train(Section):
     dora: bool = False
     """Adapters with a magnitude of their own (Liu et al. 2024): nearer to a full fine-tune, slower."""
     lora_text_encoder: bool = False
-    """Adapters on the text encoder's attention too; texts are then embedded at every step."""
+    """Adapters on the text encoder's attention too; texts are then embedded at every step. For use with diffusers and others:
+    promote and serve take the base's text encoder."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: a third more time, a fraction of the memory."""
     gradient_compression: Literal["none", "bf16"] = "none"

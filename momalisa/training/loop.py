@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from momalisa import checkpoint as checkpoints
 from momalisa.checkpoint import Checkpoint
@@ -34,6 +32,7 @@ from momalisa.training.ema import Ema
 from momalisa.training.metrics import Flops, Meter, known_peak
 from momalisa.training.model import Denoiser, Prior, publishable
 from momalisa.training.prior import PROMPTS
+from momalisa.training.processes import PRECISIONS, accelerator, compress
 from momalisa.training.state import Progress
 from momalisa.training.writer import Snapshot, Writer
 
@@ -87,8 +86,8 @@ class Trainer:
         optimizer = optimizers.build(settings, self.trained.values())
         self.denoiser, self.optimizer = self.accelerator.prepare(denoiser, optimizer)
         self.bare = denoiser
-        if settings.gradient_compression == "bf16" and workers > 1:  # a lambda: DDP refuses the hook's own name without NCCL
-            self.denoiser.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
+        if settings.gradient_compression == "bf16" and workers > 1:
+            compress(self.denoiser)
         self.prior = Prior(denoiser, settings, dtype) if settings.prior_weight else None
         self._forward = torch.compile(self.denoiser, dynamic=False) if settings.compile else self.denoiser
         if not settings.ema_offload:
@@ -289,19 +288,3 @@ class Trainer:
         )
         average = publishable({name: state[f"ema/{name}"] for name in self.trained}, run.train)
         return Snapshot(checkpoint, self.bare, average, state, asdict(progress))
-
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def accelerator(settings: Train, workers: int) -> Accelerator:
-    """Accelerate for this process. Raises RuntimeError unless it sees every worker of the group."""
-    cpu = not torch.cuda.is_available()
-    if cpu and settings.precision == "fp16":
-        raise ValueError("train.precision='fp16' needs a GPU; try bf16 or fp32")
-    exchange = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    precision = "no" if settings.precision == "fp32" else settings.precision
-    found = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[exchange])
-    if found.num_processes != workers:
-        raise RuntimeError(f"accelerate sees {found.num_processes} processes, the group has {workers}: they would train apart")
-    return found

@@ -18,7 +18,8 @@ from momalisa.config import Diffusion, Train
 from momalisa.storage import Store
 from momalisa.training.batches import Pass
 from momalisa.training.cache import LatentCache
-from momalisa.training.loop import Diverged, Events, Run, Trainer, accelerator
+from momalisa.training.loop import Diverged, Events, Run, Trainer
+from momalisa.training.processes import accelerator
 
 TRAIN = Train(
     images=48,
