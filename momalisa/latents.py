@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from momalisa.config import Diffusion, Settings
+from momalisa.buckets import Bucketed
+from momalisa.config import Diffusion, Encode, Settings
 from momalisa.pretrained import pretrained
 from momalisa.square import Square
 from momalisa.weights import identity, locate, short_id
@@ -117,12 +118,17 @@ def to_pixels(picture: Image.Image, size_px: int) -> Tensor:
 
 
 def square(size_px: int) -> Square:
-    """The part of a picture that is encoded."""
+    """The part of a picture that is encoded without buckets."""
     return Square(size_px, Image.Resampling.LANCZOS, keep="centre")
 
 
+def frame(encode: Encode) -> Square | Bucketed:
+    """How pictures are cut and scaled to be encoded."""
+    return Bucketed(encode.resolution_px, encode.step_px) if encode.buckets else square(encode.resolution_px)
+
+
 def from_bytes(pixels: Tensor) -> Tensor:
-    """Pixels [B, S, S, 3] uint8 -> [B, 3, S, S] float32 in -1..1, in the same place."""
+    """Pixels [B, H, W, 3] uint8 -> [B, 3, H, W] float32 in -1..1, in the same place."""
     return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
@@ -140,5 +146,8 @@ def encoder_id(settings: Settings, captioner_id: str) -> str:
         weights = tuple(identity(str(where / part)) for part in ("vae", "text_encoder", "tokenizer"))
     else:
         weights = (identity(diffusion.model, diffusion.revision),)
-    kind = () if settings.encode.caption == "short" else (settings.encode.caption,)
-    return short_id("encoder", PREPROCESSING, weights, diffusion.variant, settings.encode.resolution_px, captioner_id, *kind)
+    chosen = settings.encode
+    kind: tuple[object, ...] = () if chosen.caption == "short" else (chosen.caption,)
+    if chosen.buckets:
+        kind += ("buckets", chosen.step_px)
+    return short_id("encoder", PREPROCESSING, weights, diffusion.variant, chosen.resolution_px, captioner_id, *kind)

@@ -63,7 +63,7 @@ def losses(settings: Settings, planned: Plan, paths: Sequence[str | None]) -> li
     works = held_out.rows(list(range(min(len(held_out), settings.promote.max_pictures))))
     text_encoder = TextEncoder.load(settings.diffusion, device())
     factor = Autoencoder.load(settings.diffusion).scaling_factor
-    schedule, chosen = Schedule.load(settings.diffusion), settings.promote
+    schedule, chosen = Schedule.load(settings.diffusion, settings.train.zero_terminal_snr), settings.promote
     return [
         held_out_losses(load_unet(settings, path), schedule, text_encoder, factor, works, chosen.timesteps, chosen.batch)
         for path in paths

@@ -56,7 +56,8 @@ def held_out_losses(
             text = text_encoder.embed(rows.token_ids.to(device))
             predicted = unet(schedule.add_noise(latents, noise, t).to(device), t.to(device), text).sample
             row_places, column_places = zip(*part, strict=True)
-            losses[list(row_places), list(column_places)] = loss_per_sample(predicted, noise.to(device)).cpu().double().numpy()
+            target = schedule.target(latents, noise, t).to(device)
+            losses[list(row_places), list(column_places)] = loss_per_sample(predicted, target).cpu().double().numpy()
     averaged: np.ndarray = losses.mean(axis=1)
     return averaged
 

@@ -26,11 +26,6 @@ class Square:
     resample: int = Image.Resampling.BICUBIC
     keep: Literal["all", "centre"] = "all"
 
-    @property
-    def bytes(self) -> int:
-        """Of one picture."""
-        return self.size_px * self.size_px * 3
-
     def __call__(self, picture: Image.Image) -> NDArray[np.uint8]:
         """A picture of any mode -> [S, S, 3] RGB."""
         width, height = picture.size

@@ -23,7 +23,7 @@ def run(settings: Settings) -> dict[str, Any]:
     from momalisa.dataset import Dataset
     from momalisa.dataset.wording import reworded
     from momalisa.family import Family
-    from momalisa.latents import encoder_id, load_tokenizer, square, tokenize
+    from momalisa.latents import encoder_id, frame, load_tokenizer, tokenize
     from momalisa.records import LATENTS
     from ray_jobs._tables import fill
 
@@ -35,8 +35,7 @@ def run(settings: Settings) -> dict[str, Any]:
     tokenizer = load_tokenizer(settings.diffusion)  # a name that cannot be loaded fails here, before any actor starts
     chosen, tables = settings.encode, version.latents.get(family_id, ())
     texts = dataset.texts(version, captions_id, chosen.caption)
-    squares = (square(chosen.resolution_px),)
-    family = Family("encode", chosen, f"latents/{family_id}", LATENTS, squares, partial(load, settings))
+    family = Family("encode", chosen, f"latents/{family_id}", LATENTS, (frame(chosen),), partial(load, settings))
     done, changed = reworded(dataset, family.folder, tables, texts, partial(tokenize, tokenizer))
     summary = fill(settings, family, done, texts)
     paths, draft = summary.pop("paths"), summary.pop("draft")

@@ -27,22 +27,24 @@ def run(settings: Settings) -> dict[str, Any]:
 
     began = time.monotonic()
     planned, store = runs.plan(settings), Store(settings.root)
-    training, held_out = runs.split(settings, planned)
+    training, held_out = runs.count(settings, planned)
     before = read_all(store, planned.name)
     seen = before[-1].images_seen if before else 0
-    new = seen < settings.train.images
+    new = seen < settings.train.images and not (before and before[-1].training.get("stopped"))
     if new:
         fit(settings, planned)
         before = read_all(store, planned.name)
+        if runs.plan(settings).name != planned.name:
+            print("train: the dataset has changed since this run began: it knew the works and captions of then; train again")
     else:
         print(f"train: nothing new (run {planned.name} has seen its {seen} images)")
     return {
         "stage": "train",
         "run": planned.name,
-        "rows_in": len(training) + len(held_out),
+        "rows_in": training + held_out,
         "rows_out": len(before),
         "rejected": 0,
-        "held_out": len(held_out),
+        "held_out": held_out,
         "images_seen": before[-1].images_seen,
         "resumed_from": seen if new else None,
         "losses": before[-1].training["losses"],

@@ -13,7 +13,7 @@ from momalisa import checkpoint as checkpoints
 from momalisa.checkpoint import BEST, LORA_FILE, Checkpoint, NoCheckpoint
 from momalisa.config import Diffusion, Train
 from momalisa.storage import Store
-from momalisa.training.loop import trainable
+from momalisa.training.model import trainable
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ import io
 import json
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from momalisa import family as families
+from momalisa.buckets import Bucketed
 from momalisa.config import Caption
 from momalisa.family import Family, Model, Pixels, Work
 from momalisa.records import IMAGES, Artwork
@@ -82,9 +82,34 @@ def test_pixels_travel_as_bytes(part: dict[str, Any]) -> None:
     decoded = families.decode(part, SQUARES, ())
     assert isinstance(decoded["pixels"], bytes)
     assert len(decoded["pixels"]) == 3 * (4 * 4 * 3 + 6 * 6 * 3)
-    first, second = families.unpack(decoded["pixels"], 3, SQUARES)
-    np.testing.assert_array_equal(first[:, 0, 0, 0], [0, 20, 40])
-    np.testing.assert_array_equal(second[:, 5, 5, 2], [0, 20, 40])
+    first, second = families.unpack(decoded["pixels"], json.loads(decoded["shapes"]))
+    assert [array[0, 0, 0] for array in first] == [0, 20, 40]
+    assert [array[5, 5, 2] for array in second] == [0, 20, 40]
+
+
+def test_a_batch_holds_pictures_of_one_shape(family: Family) -> None:
+    sizes = {"w0": (20, 10), "w1": (10, 10), "w2": (20, 10), "w3": (10, 20), "w4": (20, 10)}
+    rows = []
+    for number, (name, size) in enumerate(sizes.items()):
+        buffer = io.BytesIO()
+        Image.new("L", size, number * 10).save(buffer, "PNG")
+        rows.append(Artwork(id=name, bytes=buffer.getvalue()).row())
+    part = {"wanted": json.dumps(dict.fromkeys(sizes, "")), "data": parquet_bytes(pa.Table.from_pylist(rows, schema=IMAGES))}
+    seen: list[tuple[list[str], tuple[int, ...], list[int]]] = []
+
+    class Shapes(Reader):
+        def rows(self, works: list[Work], pixels: list[Pixels]) -> list[dict[str, Any]]:
+            seen.append(([work["id"] for work in works], pixels[0].shape, pixels[0][:, 0, 0, 0].tolist()))
+            return [{"id": work["id"], "said": "", "status": "ok", "error": ""} for work in works]
+
+    made = families.fill(families.decode(part, (Bucketed(64, 8),), ()), family, Shapes())
+    assert seen == [
+        (["w0", "w2"], (2, 48, 88, 3), [0, 20]),
+        (["w4"], (1, 48, 88, 3), [40]),
+        (["w1"], (1, 64, 64, 3), [10]),
+        (["w3"], (1, 88, 48, 3), [30]),
+    ]
+    assert [row["id"] for row in pq.read_table(io.BytesIO(made["data"])).to_pylist()] == sorted(sizes)
 
 
 def test_a_part_without_any_picture_needs_no_batch(family: Family, part: dict[str, Any]) -> None:

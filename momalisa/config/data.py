@@ -112,11 +112,20 @@ class Encode(Section):
     caption: Literal["short", "long", "fused"] = "short"
     """Which text of a work is trained on; `long` wants caption.long_model."""
     resolution_px: Positive = 512
-    """Square pictures of this size: the short side is scaled to it and the centre kept."""
+    """Square pictures of this size: the short side is scaled to it and the centre kept. With buckets: of about this area."""
+    buckets: bool = False
+    """Keep each picture's proportions: its size is the nearest of a few with about the square's area (up to 4:1 and 1:4)."""
+    bucket_step_px: Positive | None = None
+    """Sides of buckets are multiples of this (default: an eighth of resolution_px, at most 64, in multiples of 8)."""
     max_bad_fraction: Fraction = 0.05
+
+    @property
+    def step_px(self) -> int:
+        return self.bucket_step_px or max(8, min(64, self.resolution_px // 64 * 8))
 
     @model_validator(mode="after")
     def _eight(self) -> Encode:
-        if self.resolution_px % 8:
-            raise ValueError(f"resolution_px={self.resolution_px} is not a multiple of 8; try {-(-self.resolution_px // 8) * 8}")
+        for name, value in (("resolution_px", self.resolution_px), ("bucket_step_px", self.step_px)):
+            if value % 8:
+                raise ValueError(f"{name}={value} is not a multiple of 8; try {-(-value // 8) * 8}")
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from momalisa.config.section import EVALUATION_PROMPTS, Fraction, Positive, Section
 
@@ -48,17 +48,44 @@ class Train(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     compile: bool = False
     """Compile the UNet, once for each shape of a batch: minutes at first, then faster steps."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit: Adam's moments in 8 bits (Dettmers et al. 2022), a quarter of their memory; needs bitsandbytes."""
     learning_rate: float = Field(default=1e-5, gt=0)
     warmup_images: Annotated[int, Field(ge=0)] = 0
     schedule: Literal["constant", "cosine"] = "constant"
     weight_decay: float = Field(default=1e-2, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    ema_offload: bool = False
+    """Keep the average in the machine's memory, not the accelerator's: 3.2 GiB less for Stable Diffusion 1.x, slower steps."""
     caption_dropout: Fraction = 0.1
     min_snr_gamma: float | None = Field(default=5.0, gt=0)
-    lora_rank: Positive | None = None
+    """Weigh timesteps by min(SNR, gamma) / SNR (Hang et al. 2023); null: all alike."""
+    offset_noise: float = Field(default=0.0, ge=0)
+    """This much noise that is constant over a channel: darker darks and brighter brights; 0.05 to 0.1 is usual."""
+    zero_terminal_snr: bool = False
+    """Rescale the noise schedule so that its last step is noise alone (Lin et al. 2024); for v-prediction models only."""
+    prior_weight: float = Field(default=0.0, ge=0)
+    """Prior preservation: weight of staying near the frozen base's own predictions for general prompts. No pictures needed;
+    a step costs a pass of the base and twice the samples."""
+    lora_rank: int | None = None
     """Train low-rank adapters of this rank on the attention layers instead of all weights."""
+    lora_alpha: float | None = Field(default=None, gt=0)
+    """Adapters are scaled by lora_alpha / lora_rank (default: 1)."""
+    dora: bool = False
+    """Adapters with a magnitude of their own (Liu et al. 2024): nearer to a full fine-tune, slower."""
+    lora_text_encoder: bool = False
+    """Adapters on the text encoder's attention too; texts are then embedded at every step. For use with diffusers and others:
+    promote and serve take the base's text encoder."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: a third more time, a fraction of the memory."""
+    gradient_compression: Literal["none", "bf16"] = "none"
+    """What workers exchange: gradients in full, or in 16 bits, for half the traffic and a little less precision."""
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """The accelerator's dense peak in `precision`, for the MFU (default: known for common NVIDIA GPUs, else no MFU)."""
+    cache_dir: str | None = None
+    """A folder on each node's disk for the latents, 6.4 GB for 100,000 works at 512x512 (default: below the system's folder
+    for temporary files)."""
     held_out_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Works kept out of training, chosen by the hash of their id: promote measures on them."""
     checkpoint_every_images: Positive = 5_000
@@ -75,6 +102,25 @@ class Train(Section):
     def cell_size(self) -> int:
         """`cell`, or by default up to 4 that divide the batch into at least 4 cells."""
         return self.cell or next((size for size in (4, 3, 2) if self.batch % size == 0 and self.batch >= 4 * size), 1)
+
+    @field_validator("lora_rank")
+    @classmethod
+    def _a_rank(cls, value: int | None) -> int | None:
+        if value is not None and value < 1:
+            raise ValueError("adapters have a rank of at least 1; try 16, or leave lora_rank out to train all weights")
+        return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> Train:
+        for name in ("lora_alpha", "dora", "lora_text_encoder"):
+            if getattr(self, name) and self.lora_rank is None:
+                raise ValueError(f"{name} says how adapters are, but lora_rank is not set; try lora_rank=16")
+        if self.zero_terminal_snr and self.min_snr_gamma is not None:
+            raise ValueError(
+                f"min_snr_gamma={self.min_snr_gamma:g} gives the last timestep of zero_terminal_snr no weight at all; "
+                "set min_snr_gamma to null"
+            )
+        return self
 
     @model_validator(mode="after")
     def _divides(self) -> Train:

@@ -5,8 +5,10 @@ A function of (settings, images seen, rank, workers), and nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -26,38 +28,58 @@ class Pass:
 
     ids: list[str]
     noisy: torch.Tensor  # [B, C, H, W] float32
-    noise: torch.Tensor  # [B, C, H, W] float32: what is to be predicted
+    target: torch.Tensor  # [B, C, H, W] float32: what is to be predicted
     timesteps: torch.Tensor  # [B] int64
     text: torch.Tensor  # [B, L, D] embeddings, or [B, L] token ids
     weights: torch.Tensor  # [B] float32
+    general: torch.Tensor | None = None  # as `text`: general prompts, for prior preservation
 
     def to(self, device: torch.device) -> Pass:
-        moved = (
-            value.to(device, non_blocking=True) for value in (self.noisy, self.noise, self.timesteps, self.text, self.weights)
-        )
-        return Pass(self.ids, *moved)
+        return self._each(lambda value: value.to(device, non_blocking=True))
+
+    def pinned(self) -> Pass:
+        """In memory from which a copy to a GPU need not be waited for."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Pass:
+        changed: dict[str, Any] = {name: change(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **changed)
 
 
 class Texts:
     """Token ids -> embeddings, each distinct text embedded once, in fixed groups, so that nothing depends on a batch.
 
-    Where the table would be too large, token ids are passed through and embedded in the step.
+    Where the table would be too large, token ids are passed through and embedded in the step; so are they where the
+    encoder is trained.
     """
 
-    def __init__(self, encoder: TextEncoder, token_ids: torch.Tensor, dtype: torch.dtype) -> None:
-        """`token_ids` [N, L] of the works; the empty text is added."""
-        self.empty = encoder.tokenize([""])
-        self.token_ids = torch.cat([token_ids, self.empty])
+    def __init__(
+        self,
+        encoder: TextEncoder,
+        token_ids: torch.Tensor,
+        dtype: torch.dtype,
+        general: Sequence[str] = (),
+        trained: bool = False,
+    ) -> None:
+        """`token_ids` [N, L] of the works; the `general` texts and the empty one are added."""
+        self.works, self.general_count = len(token_ids), len(general)
+        self.token_ids = torch.cat([token_ids, encoder.tokenize([*general, ""])])
         distinct, self.places = torch.unique(self.token_ids, dim=0, return_inverse=True)
         width = encoder.model.config.hidden_size
         self.table: torch.Tensor | None = None
-        if len(distinct) * distinct.shape[1] * width * dtype.itemsize <= MOST_EMBEDDINGS_BYTES:
+        if not trained and len(distinct) * distinct.shape[1] * width * dtype.itemsize <= MOST_EMBEDDINGS_BYTES:
             groups = distinct.split(EMBEDDED_AT_ONCE)
             self.table = torch.cat([encoder.embed(group).to("cpu", dtype) for group in groups])
 
     def __call__(self, indices: list[int], dropped: torch.Tensor) -> torch.Tensor:
         """The texts of works, the empty one where `dropped` [B]."""
-        chosen = torch.where(dropped, len(self.token_ids) - 1, torch.tensor(indices))
+        return self._at(torch.where(dropped, len(self.token_ids) - 1, torch.tensor(indices)))
+
+    def general(self, drawn: torch.Tensor) -> torch.Tensor:
+        """General texts, by a number [B] drawn for each."""
+        return self._at(self.works + drawn % self.general_count)
+
+    def _at(self, chosen: torch.Tensor) -> torch.Tensor:
         return self.token_ids[chosen] if self.table is None else self.table[self.places[chosen]]
 
 
@@ -109,16 +131,19 @@ class Batches:
         rows, settings = self.cache.rows(indices), self.train
         keys = [(epoch, work) for (epoch, _), work in zip(samples, rows.ids, strict=True)]
         channels, height, width = rows.moments[0].shape[0] // 2, *rows.moments[0].shape[1:]
-        drawn = draws(settings.seed, keys, (channels, height, width), len(self.schedule), settings.caption_dropout)
+        shape = (channels, height, width)
+        drawn = draws(settings.seed, keys, shape, len(self.schedule), settings.caption_dropout, settings.offset_noise)
         latents = sample(rows.stacked(), drawn.latent_noise, self.scaling_factor)
-        return Pass(
+        made = Pass(
             ids=rows.ids,
             noisy=self.schedule.add_noise(latents, drawn.noise, drawn.timesteps),
-            noise=drawn.noise,
+            target=self.schedule.target(latents, drawn.noise, drawn.timesteps),
             timesteps=drawn.timesteps,
             text=self.texts(indices, drawn.dropped),
             weights=self.schedule.weights(drawn.timesteps, settings.min_snr_gamma) * (weight / settings.batch),
+            general=self.texts.general(drawn.prompts) if settings.prior_weight else None,
         )
+        return made.pinned() if torch.cuda.is_available() else made
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)

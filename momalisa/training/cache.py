@@ -1,13 +1,25 @@
-"""The training set in memory: moments, captions and token ids of every encoded work."""
+"""The training set: captions and token ids in memory, moments mapped from the node's disk.
+
+<folder>/<hash of the tables>.f16       all moments, one after another: the workers of a node share its pages
+<folder>/<hash of the tables>.parquet   id, caption, token ids, place and shape of each row; written last
+<folder>/lock                           held while a file is made, found or removed
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
-from collections.abc import Collection, Sequence
+import math
+import os
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
-import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from momalisa.dataset import Dataset
@@ -16,7 +28,7 @@ from momalisa.records import OK
 
 @dataclass(frozen=True)
 class LatentCache:
-    """Rows in order of id. 64 KiB a row at 512x512, so 100,000 works are 6.4 GB."""
+    """Rows in order of id. 64 KiB of moments a row at 512x512, so 100,000 works are 6.4 GB on disk."""
 
     ids: list[str]
     captions: list[str]
@@ -30,9 +42,13 @@ class LatentCache:
         return LatentCache(
             ids=[self.ids[i] for i in indices],
             captions=[self.captions[i] for i in indices],
-            moments=[self.moments[i] for i in indices],
+            moments=Taken(self.moments, indices),
             token_ids=self.token_ids[indices],
         )
+
+    def without(self, ids: Collection[str]) -> LatentCache:
+        """All rows but those of some works."""
+        return self.rows([i for i, own in enumerate(self.ids) if own not in ids]) if ids else self
 
     def stacked(self) -> torch.Tensor:
         """The moments of rows of one shape: [N, 2C, H, W] float16."""
@@ -46,38 +62,136 @@ class LatentCache:
         return [found[shape] for shape in sorted(found)]
 
 
-def load(dataset: Dataset, tables: Sequence[str], left_out: Collection[str] = ()) -> LatentCache:
-    """Every good row of some latents tables, but those of `left_out`. Raises ValueError where there is none."""
-    again = set(left_out)
-    rows = [row for row in dataset.rows(list(tables)) if row["status"] == OK and row["id"] not in again]
-    if not rows:
-        raise ValueError(f"{dataset.store.root}: no work was encoded without an error; see the encode job's rejected rows")
-    rows.sort(key=lambda row: row["id"])
-    return LatentCache(
-        ids=[row["id"] for row in rows],
-        captions=[row["caption"] for row in rows],
-        moments=[_moments(row) for row in rows],
-        token_ids=torch.tensor([row["token_ids"] for row in rows], dtype=torch.int64),
-    )
+INDEX = pa.schema(
+    [
+        ("id", pa.string()),
+        ("caption", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("start", pa.int64()),  # in values, not bytes
+        ("shape", pa.list_(pa.int32())),
+    ]
+)
 
 
-def _moments(row: dict[str, Any]) -> torch.Tensor:
-    values = np.frombuffer(row["moments"], dtype="<f2").copy()  # a tensor must be able to write
-    return torch.from_numpy(values).view(2 * row["channels"], row["height"], row["width"])
+class Mapped(Sequence[torch.Tensor]):
+    """Moments of a file: each is a view of the mapping, read from disk when it is looked at."""
+
+    def __init__(self, path: Path, starts: list[int], shapes: list[tuple[int, ...]]) -> None:
+        self._held = open(path, "rb")  # noqa: SIM115  # its shared lock says that the file is in use, until this process ends
+        fcntl.flock(self._held, fcntl.LOCK_SH)
+        self.values = torch.from_file(str(path), shared=False, size=path.stat().st_size // 2, dtype=torch.float16)
+        self.starts, self.shapes = starts, shapes
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: Any) -> Any:
+        start, shape = self.starts[index], self.shapes[index]
+        return self.values[start : start + math.prod(shape)].view(shape)
+
+    def __del__(self) -> None:
+        if held := getattr(self, "_held", None):
+            held.close()
+
+
+@dataclass(frozen=True)
+class Taken(Sequence[torch.Tensor]):
+    """Some of the moments of a whole, in an order of their own."""
+
+    whole: Sequence[torch.Tensor]
+    indices: list[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.whole[self.indices[index]]
+
+
+def default_folder() -> Path:
+    return Path(tempfile.gettempdir()) / f"momalisa-{os.getuid()}"
+
+
+def load(dataset: Dataset, tables: Sequence[str], folder: Path | None = None) -> LatentCache:
+    """Every good row of some latents tables. The first process of a node fetches them; the others wait and share its file.
+
+    Files of other tables that no process uses any more are removed. Raises ValueError where there is no good row, and
+    OSError where the disk is full.
+    """
+    folder = folder or default_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256("\n".join([dataset.store.root, *sorted(tables)]).encode()).hexdigest()[:24]
+    with _locked(folder / "lock"):
+        index = folder / f"{name}.parquet"
+        if not index.exists():
+            _sweep(folder)
+            _fetch(dataset, tables, folder, name)
+        rows = pq.read_table(index)
+        shapes = [tuple(shape) for shape in rows["shape"].to_pylist()]
+        moments = Mapped(index.with_suffix(".f16"), rows["start"].to_pylist(), shapes)
+    token_ids = torch.tensor(rows["token_ids"].combine_chunks().flatten().to_numpy(), dtype=torch.int64)
+    return LatentCache(rows["id"].to_pylist(), rows["caption"].to_pylist(), moments, token_ids.view(len(rows), -1))
+
+
+def _fetch(dataset: Dataset, tables: Sequence[str], folder: Path, name: str) -> None:
+    """Write the moments' file a table at a time, then its index."""
+    made, rows, start = folder / f"{name}.making", [], 0
+    try:
+        with open(made, "wb") as file:
+            for row in dataset.rows(list(tables)):
+                if row["status"] != OK:
+                    continue
+                shape = (2 * row["channels"], row["height"], row["width"])
+                file.write(row["moments"])
+                rows.append({key: row[key] for key in ("id", "caption", "token_ids")} | {"start": start, "shape": shape})
+                start += math.prod(shape)
+        if not rows:
+            raise ValueError(f"{dataset.store.root}: no work was encoded without an error; see the encode job's rejected rows")
+        rows.sort(key=lambda row: str(row["id"]))
+        made.rename(folder / f"{name}.f16")
+        pq.write_table(pa.Table.from_pylist(rows, schema=INDEX), made)
+        made.rename(folder / f"{name}.parquet")
+    except OSError as error:
+        raise OSError(f"the latents could not be kept in {folder} ({error}); free space or set train.cache_dir") from error
+    finally:
+        made.unlink(missing_ok=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what no living process holds. Called with the folder's lock."""
+    for path in folder.glob("*.f16"):
+        with open(path, "rb") as file, contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.with_suffix(".parquet").unlink(missing_ok=True)
+            path.unlink()
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[IO[bytes]]:
+    """Inside, no other process of this node is."""
+    with open(path, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
 
 
 def split(cache: LatentCache, held_out_fraction: float) -> tuple[LatentCache, LatentCache]:
-    """(training, held out): chosen by the hash of the id, so a work never changes sides as a collection grows.
+    """(training, held out), as `sides` deals them. Raises ValueError for fewer than two works."""
+    training, held_out = sides(cache.ids, held_out_fraction)
+    return cache.rows(training), cache.rows(held_out)
+
+
+def sides(ids: Sequence[str], held_out_fraction: float) -> tuple[list[int], list[int]]:
+    """(training, held out) places: chosen by the hash of the id, so a work never changes sides as a collection grows.
 
     At least one work is held out and at least one is left to train on. Raises ValueError for fewer than two.
     """
-    if len(cache) < 2:
-        raise ValueError(f"a collection of {len(cache)} works cannot be split into training and held-out; collect at least 2")
-    places = [int(hashlib.sha256(sample_id.encode()).hexdigest()[:8], 16) / 2**32 for sample_id in cache.ids]
+    if len(ids) < 2:
+        raise ValueError(f"a collection of {len(ids)} works cannot be split into training and held-out; collect at least 2")
+    places = [int(hashlib.sha256(sample_id.encode()).hexdigest()[:8], 16) / 2**32 for sample_id in ids]
     held = [i for i, place in enumerate(places) if place < held_out_fraction]
     if not held:
         held = [places.index(min(places))]
-    if len(held) == len(cache):
+    if len(held) == len(ids):
         held.remove(places.index(max(places)))
     kept = set(held)
-    return cache.rows([i for i in range(len(cache)) if i not in kept]), cache.rows(held)
+    return [i for i in range(len(ids)) if i not in kept], held

@@ -25,7 +25,7 @@ class Ema:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         shadow = list(self.shadow.values())
-        current = [value.detach().float() for value in self._parameters.values()]
+        current = [value.detach().to(shadow[0].device, torch.float32) for value in self._parameters.values()]
         torch._foreach_lerp_(shadow, current, 1 - decay)
 
     @contextmanager

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from momalisa import checkpoint as checkpoints
 from momalisa.checkpoint import Checkpoint
@@ -25,10 +24,15 @@ from momalisa.config import Diffusion, Train
 from momalisa.diffusion import Schedule, loss_per_sample
 from momalisa.latents import Autoencoder, TextEncoder
 from momalisa.storage import Store
+from momalisa.training import optimizer as optimizers
 from momalisa.training import state as trainer_state
 from momalisa.training.batches import Batches, Pass, Texts
 from momalisa.training.cache import LatentCache
 from momalisa.training.ema import Ema
+from momalisa.training.metrics import Flops, Meter, known_peak
+from momalisa.training.model import Denoiser, Prior, publishable
+from momalisa.training.prior import PROMPTS
+from momalisa.training.processes import PRECISIONS, accelerator, compress
 from momalisa.training.state import Progress
 from momalisa.training.writer import Snapshot, Writer
 
@@ -60,6 +64,8 @@ class Events:
     checkpointed: Callable[[Checkpoint], None] = lambda checkpoint: None
     pictures_due: Callable[[int, torch.nn.Module], None] = lambda images_seen, unet: None
     synchronise: Callable[[dict[str, float]], None] = lambda metrics: None
+    stop_due: Callable[[int], bool] = lambda images_seen: False
+    """Asked when a checkpoint is due, before it is made: whether it shall be the last."""
 
 
 class Trainer:
@@ -69,29 +75,46 @@ class Trainer:
         self.run, self.events, settings = run, events, run.train
         self.accelerator = accelerator(settings, workers)
         self.device = self.accelerator.device
-        unet = checkpoints.load_base_unet(run.diffusion)
-        self.trained = trainable(unet, settings)
-        self.ema = Ema(((name, value) for name, value in unet.named_parameters() if value.requires_grad), settings.ema_decay)
-        optimizer = torch.optim.AdamW(self.trained.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        dtype = PRECISIONS[settings.precision]
+        schedule = Schedule.load(run.diffusion, settings.zero_terminal_snr)
         self.text_encoder = TextEncoder.load(run.diffusion, self.device)
-        self.unet, self.optimizer = self.accelerator.prepare(unet.train(), optimizer)
-        self.bare_unet = self.accelerator.unwrap_model(self.unet)
-        self._forward = torch.compile(self.unet, dynamic=False) if settings.compile else self.unet
-        self.ema.to(self.device)
+        denoiser = Denoiser(checkpoints.load_base_unet(run.diffusion), self.text_encoder, settings)
+        self.trained = denoiser.trained()
+        self.ema = Ema(self.trained.items(), settings.ema_decay)
+        self.layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
+        denoiser.unet.train().to(memory_format=self.layout)
+        optimizer = optimizers.build(settings, self.trained.values())
+        self.denoiser, self.optimizer = self.accelerator.prepare(denoiser, optimizer)
+        self.bare = denoiser
+        if settings.gradient_compression == "bf16" and workers > 1:
+            compress(self.denoiser)
+        self.prior = Prior(denoiser, settings, dtype) if settings.prior_weight else None
+        self._forward = torch.compile(self.denoiser, dynamic=False) if settings.compile else self.denoiser
+        if not settings.ema_offload:
+            self.ema.to(self.device)
         self.progress = self._resume()
         if not self.progress.workers or self.progress.workers[-1][1] != self.accelerator.num_processes:
             self.progress.workers.append((self.progress.images_seen, self.accelerator.num_processes))
         self.batches = Batches(
             settings,
             run.cache,
-            Schedule.load(run.diffusion),
-            Texts(self.text_encoder, run.cache.token_ids, PRECISIONS[settings.precision]),
+            schedule,
+            Texts(
+                self.text_encoder,
+                run.cache.token_ids,
+                dtype,
+                general=PROMPTS if settings.prior_weight else (),
+                trained=settings.lora_text_encoder,
+            ),
             Autoencoder.load(run.diffusion).scaling_factor,
             self.accelerator.process_index,
             self.accelerator.num_processes,
         )
         self.writer = Writer(run.store, settings.keep_states, events.checkpointed)
         self.gradient_norm: torch.Tensor | float = 0.0
+        peak = settings.peak_tflops or known_peak(self.device, settings.precision)
+        self.meter = Meter(len(schedule), self.device, peak)
+        self.flops = Flops(dict(denoiser.unet.config)) if peak else None
         if self.accelerator.num_processes > 1:
             self._rehearse()
 
@@ -125,34 +148,38 @@ class Trainer:
     def train(self) -> Progress:
         """Run to the end. Raises Diverged at a loss that is no number or has exploded; the last checkpoint stands."""
         settings, progress = self.run.train, self.progress
-        recent, began, first = [], time.monotonic(), progress.images_seen
+        recent: list[torch.Tensor] = []
+        self.meter.reset()
         try:
-            while progress.images_seen < settings.images:
+            while progress.images_seen < settings.images and not progress.stopped:
                 recent.append(self.step())
                 ends = progress.images_seen >= settings.images
                 if progress.step % LOG_EVERY == 0 or ends or self._checkpoint_due():
                     loss = self._mean(recent)
                     recent.clear()
                     progress.losses.append((progress.images_seen, loss))
-                    if self.accelerator.is_main_process:
-                        self._log(loss, (progress.images_seen - first) / (time.monotonic() - began))
-                self._milestones(ends)
+                    self._log(loss)
+                if self._checkpoint_due() and not ends:
+                    progress.stopped = self._stop_asked()
+                self._milestones(ends or progress.stopped)
         finally:
             self.batches.close()
             self.writer.close()
         return progress
 
-    def _log(self, loss: float, images_per_s: float) -> None:
-        seen = self.progress.images_seen
-        self.events.logged(
-            {
-                "loss": loss,
-                "images_seen": seen,
-                "images_per_s": images_per_s,
-                "learning_rate": self._rate(),
-                "gradient_norm": float(self.gradient_norm),
-            }
-        )
+    def _log(self, loss: float) -> None:
+        """Tell the shell what happened since the last time, over the whole group."""
+        bins = self.accelerator.reduce(self.meter.bins, reduction="sum")
+        if self.accelerator.is_main_process:
+            own = {"loss": loss, "images_seen": self.progress.images_seen, "learning_rate": self._rate()}
+            figures = self.meter.read(bins, self.accelerator.num_processes)
+            self.events.logged({**own, "gradient_norm": float(self.gradient_norm), **figures})
+        self.meter.reset()
+
+    def _stop_asked(self) -> bool:
+        """Whether the shell wants this checkpoint to be the last; the main process is asked, and all do the same."""
+        asked = self.accelerator.is_main_process and self.events.stop_due(self.progress.images_seen)
+        return bool(self.accelerator.reduce(torch.tensor(float(asked), device=self.device), reduction="sum"))
 
     def _mean(self, losses: list[torch.Tensor]) -> float:
         """The mean over the group and the steps since the last. Raises Diverged, on all workers alike."""
@@ -174,8 +201,8 @@ class Trainer:
         settings, progress = self.run.train, self.progress
         if self.accelerator.is_main_process and (progress.step % settings.evaluate_every_steps == 0 or ends):
             with self.ema.applied():
-                self.events.pictures_due(progress.images_seen, self.bare_unet.eval())
-            self.bare_unet.train()
+                self.events.pictures_due(progress.images_seen, self.bare.unet.eval())
+            self.bare.unet.train()
         if ends or self._checkpoint_due():
             if self.accelerator.is_main_process:
                 self.writer.submit(self.snapshot())
@@ -196,10 +223,13 @@ class Trainer:
         settings, progress = self.run.train, self.progress
         for group in self._bare_optimizer.param_groups:
             group["lr"] = self._rate()
+        began = time.monotonic()
         parts = self.batches.at(progress.images_seen)
+        self.meter.waited_s += time.monotonic() - began
+        self.meter.images += settings.batch
         total = torch.zeros((), device=self.device)
         for number, part in enumerate(parts, 1):
-            with contextlib.nullcontext() if number == len(parts) else self.accelerator.no_sync(self.unet):
+            with contextlib.nullcontext() if number == len(parts) else self.accelerator.no_sync(self.denoiser):
                 loss = self.loss(part)
                 self.accelerator.backward(loss)
             total += loss.detach()
@@ -214,10 +244,24 @@ class Trainer:
     def loss(self, part: Pass) -> torch.Tensor:
         """The weighted loss of a pass, a scalar: times the workers, because DDP divides their sum by them."""
         here = part.to(self.device)
-        text = here.text if here.text.dim() == 3 else self.text_encoder.embed(here.text)
-        predicted = self._forward(here.noisy, here.timesteps, text).sample
-        total: torch.Tensor = (here.weights * loss_per_sample(predicted, here.noise)).sum() * self.accelerator.num_processes
+        noisy, timesteps, target, weights = here.noisy.to(memory_format=self.layout), here.timesteps, here.target, here.weights
+        text = self._embedded(here.text)
+        if self.prior is not None and here.general is not None:
+            general = self._embedded(here.general)
+            target = torch.cat([target, self.prior(noisy, timesteps, general)])
+            noisy, timesteps, text = torch.cat([noisy, noisy]), torch.cat([timesteps, timesteps]), torch.cat([text, general])
+            weights = torch.cat([weights, weights * self.run.train.prior_weight])
+        losses = loss_per_sample(self._forward(noisy, timesteps, text), target)
+        own = len(here.weights)
+        self.meter.losses(here.timesteps, losses[:own], here.weights)
+        if self.flops is not None:
+            self.meter.forward_flops += len(noisy) * self.flops(tuple(noisy.shape[1:]), text.shape[1])
+        total: torch.Tensor = (weights * losses).sum() * self.accelerator.num_processes
         return total
+
+    def _embedded(self, text: torch.Tensor) -> torch.Tensor:
+        """Embeddings, of token ids too; those of an encoder that is trained stay for it."""
+        return text if text.dim() == 3 or self.run.train.lora_text_encoder else self.text_encoder.embed(text)
 
     def _rate(self) -> float:
         """The learning rate at this point, a function of images seen."""
@@ -232,7 +276,7 @@ class Trainer:
         run, progress = self.run, self.progress
         progress.ema_updates = self.ema.updates
         state = trainer_state.tensors(self.trained, self.ema, self._bare_optimizer)
-        history = {"losses": list(progress.losses), "workers": list(progress.workers)}
+        history = {"losses": list(progress.losses), "workers": list(progress.workers), "stopped": progress.stopped}
         checkpoint = Checkpoint(
             path=f"checkpoints/{run.name}/{progress.images_seen:09d}",
             run=run.name,
@@ -242,35 +286,5 @@ class Trainer:
             lora=run.train.lora_rank is not None,
             training={**run.provenance, "settings": run.train.model_dump(mode="json"), **history},
         )
-        average = {name: state[f"ema/{name}"] for name in self.trained}
-        return Snapshot(checkpoint, self.bare_unet, average, state, asdict(progress))
-
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def accelerator(settings: Train, workers: int) -> Accelerator:
-    """Accelerate for this process. Raises RuntimeError unless it sees every worker of the group."""
-    cpu = not torch.cuda.is_available()
-    if cpu and settings.precision == "fp16":
-        raise ValueError("train.precision='fp16' needs a GPU; try bf16 or fp32")
-    found = Accelerator(cpu=cpu, mixed_precision="no" if settings.precision == "fp32" else settings.precision)
-    if found.num_processes != workers:
-        raise RuntimeError(f"accelerate sees {found.num_processes} processes, the group has {workers}: they would train apart")
-    return found
-
-
-def trainable(unet: Any, settings: Train) -> dict[str, torch.nn.Parameter]:
-    """Choose what is trained, all weights or new adapters on the attention layers, and return it by name."""
-    if settings.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    if settings.lora_rank is not None:
-        from peft import LoraConfig
-
-        unet.requires_grad_(False)
-        torch.manual_seed(settings.seed)  # the adapters' initial weights: equal on every worker
-        rank = settings.lora_rank
-        unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
-    else:
-        unet.requires_grad_(True)
-    return {name: value for name, value in unet.named_parameters() if value.requires_grad}
+        average = publishable({name: state[f"ema/{name}"] for name in self.trained}, run.train)
+        return Snapshot(checkpoint, self.bare, average, state, asdict(progress))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from momalisa.captioner import captioner_id
 from momalisa.config import Settings
@@ -31,6 +32,9 @@ SHELL_SETTINGS = {
     "micro_batch",
     "checkpoint_every_images",
     "keep_states",
+    "cache_dir",
+    "ema_offload",
+    "peak_tflops",
 }
 
 
@@ -51,7 +55,10 @@ def plan(settings: Settings) -> Plan:
     version = dataset.latest()
     tables = tuple(sorted(version.latents.get(encoder, ())))
     if not tables:
-        raise ValueError(f"{settings.dataset} holds no latents of encoder {encoder}: run the encode job first")
+        raise ValueError(
+            f"{settings.dataset} holds no latents of encoder {encoder}: run the encode job first, with these settings: "
+            "python -m ray_jobs.encode --config ... (another model, resolution, bucket or caption setting is another encoder)"
+        )
     decisive = settings.train.model_dump(exclude=SHELL_SETTINGS) | {"cell": settings.train.cell_size}
     base = identity(settings.diffusion.model, settings.diffusion.revision)
     left_out = tuple(sorted(dataset.duplicates(version) & dataset.ids(tables)))
@@ -61,9 +68,17 @@ def plan(settings: Settings) -> Plan:
 
 def split(settings: Settings, planned: Plan) -> tuple[LatentCache, LatentCache]:
     """The run's works: (training, held out)."""
-    return caches.split(
-        caches.load(Dataset(settings.dataset), planned.tables, planned.left_out), settings.train.held_out_fraction
-    )
+    chosen = settings.train
+    folder = Path(chosen.cache_dir) if chosen.cache_dir else None
+    works = caches.load(Dataset(settings.dataset), planned.tables, folder).without(set(planned.left_out))
+    return caches.split(works, chosen.held_out_fraction)
+
+
+def count(settings: Settings, planned: Plan) -> tuple[int, int]:
+    """How many works are (trained on, held out). Raises ValueError for fewer than two."""
+    ids = sorted(Dataset(settings.dataset).ids(planned.tables, only_ok=True) - set(planned.left_out))
+    training, held_out = caches.sides(ids, settings.train.held_out_fraction)
+    return len(training), len(held_out)
 
 
 def load(settings: Settings, planned: Plan) -> Run:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from momalisa.training import optimizer as optimizers
 from momalisa.training.ema import Ema
 
 TENSORS = "trainer.safetensors"
@@ -25,15 +26,14 @@ class Progress:
     ema_updates: int = 0
     losses: list[tuple[int, float]] = field(default_factory=list)  # (images seen, mean loss since the last entry)
     workers: list[tuple[int, int]] = field(default_factory=list)  # (images seen, workers from there on)
+    stopped: bool = False  # early, because more training was not worth it
 
 
 def tensors(parameters: dict[str, torch.nn.Parameter], ema: Ema, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Copies on the CPU of all that training resumes from. Parameters are named; the optimizer's state follows them."""
     found: dict[str, torch.Tensor] = {f"model/{name}": value for name, value in parameters.items()}
     found |= {f"ema/{name}": value for name, value in ema.shadow.items()}
-    for name, value in parameters.items():
-        for key, moment in optimizer.state[value].items():
-            found[f"optimizer/{key}/{name}"] = moment
+    found |= {f"optimizer/{place}": value for place, value in optimizers.state(optimizer, parameters).items()}
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in found.items()}
 
 
@@ -54,16 +54,10 @@ def restore(directory: Path, parameters: dict[str, torch.nn.Parameter], ema: Ema
     for name, value in parameters.items():
         value.copy_(found[f"model/{name}"])
         ema.shadow[name].copy_(found[f"ema/{name}"])
-        moments = {key: found[f"optimizer/{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-        optimizer.state[value] = {
-            key: moment if key == "step" and not _fused(optimizer) else moment.to(value.device) for key, moment in moments.items()
-        }
+    moments = {name.removeprefix("optimizer/"): value for name, value in found.items() if name.startswith("optimizer/")}
+    optimizers.restore(optimizer, parameters, moments)
     progress = Progress(**json.loads((directory / PROGRESS).read_text()))
     progress.workers = [(int(images), int(workers)) for images, workers in progress.workers]
     progress.losses = [(int(images), float(loss)) for images, loss in progress.losses]
     ema.updates = progress.ema_updates
     return progress
-
-
-def _fused(optimizer: torch.optim.Optimizer) -> bool:
-    return bool(optimizer.defaults.get("fused"))

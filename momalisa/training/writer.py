@@ -15,6 +15,7 @@ from momalisa import checkpoint as checkpoints
 from momalisa.checkpoint import Checkpoint
 from momalisa.storage import Store
 from momalisa.training import state as trainer_state
+from momalisa.training.model import Denoiser, add_text_adapters, of_unet
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class Snapshot:
     """Everything of one moment, on the CPU, that nobody writes to any more."""
 
     checkpoint: Checkpoint  # without its files' hashes
-    unet: Any  # for its configuration only
-    average: dict[str, torch.Tensor]  # name -> EMA weight
+    denoiser: Denoiser  # for its configuration only
+    average: dict[str, torch.Tensor]  # name -> EMA weight, as it is published
     state: dict[str, torch.Tensor]
     progress: dict[str, Any]
 
@@ -70,7 +71,8 @@ class Writer:
     def _write(self, snapshot: Snapshot) -> Checkpoint:
         with tempfile.TemporaryDirectory(prefix="momalisa-") as scratch:
             weights, state = Path(scratch) / "weights", Path(scratch) / "state"
-            checkpoints.save_weights(snapshot.unet, weights, snapshot.average, lora=snapshot.checkpoint.lora)
+            checkpoints.save_weights(snapshot.denoiser.unet, weights, of_unet(snapshot.average), lora=snapshot.checkpoint.lora)
+            add_text_adapters(weights, snapshot.denoiser.text_encoder, snapshot.average)
             trainer_state.write(state, snapshot.state, snapshot.progress)
             written = checkpoints.write(self.store, snapshot.checkpoint, weights, state)
         for old in checkpoints.read_all(self.store, written.run)[: -self.keep_states]:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import io
+import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
+from momalisa import family as families
+from momalisa.buckets import Bucketed
 from momalisa.captioner import captioner_id
 from momalisa.config import Diffusion, Settings
 from momalisa.dataset import Dataset
 from momalisa.dataset.edits import with_edits
-from momalisa.latents import Autoencoder, TextEncoder, encoder_id, load_tokenizer, to_pixels, tokenize
-from momalisa.records import CAPTIONS
+from momalisa.latents import Autoencoder, TextEncoder, encoder_id, frame, from_bytes, load_tokenizer, to_pixels, tokenize
+from momalisa.records import CAPTIONS, IMAGES, LATENTS, Artwork
+from momalisa.storage import parquet_bytes
 from ray_jobs import encode
 
 
@@ -143,3 +149,27 @@ def test_fused_captions_are_trained_on_where_chosen(settings: Settings, captione
     assert encoder_id(settings, captioner_id(settings)) not in known
     rows = list(captioned.rows(next(iter(known.values()))))
     assert [row["caption"] for row in rows] == [f"caption of {row['id']}, by X" for row in rows]
+
+
+def test_with_buckets_each_picture_keeps_its_proportions(settings: Settings) -> None:
+    chosen = settings.model_copy(update={"encode": settings.encode.model_copy(update={"buckets": True})})
+    assert encoder_id(settings, "blip") != encoder_id(chosen, "blip")
+    noise = np.random.default_rng(3).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    pictures = {"a": Image.fromarray(noise[:90]), "b": Image.fromarray(noise), "c": Image.fromarray(noise[:, :50])}
+    works = []
+    for id, picture in pictures.items():
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        works.append(Artwork(id=id, bytes=buffer.getvalue()).row())
+    table = parquet_bytes(pa.Table.from_pylist(works, schema=IMAGES))
+    family = families.Family("encode", chosen.encode, "x", LATENTS, (frame(chosen.encode),), lambda device: model)
+    model = encode.load(chosen, "cpu")
+    part = {"wanted": json.dumps(dict.fromkeys(pictures, "a caption")), "data": table}
+    made = families.fill(families.decode(part, family.squares, ()), family, model)
+    rows = {row["id"]: row for row in pq.read_table(io.BytesIO(made["data"])).to_pylist()}
+    assert {id: (row["width"], row["height"]) for id, row in rows.items()} == {"a": (12, 5), "b": (8, 8), "c": (4, 16)}
+    autoencoder = Autoencoder.load(settings.diffusion)
+    for id, row in rows.items():
+        pixels = from_bytes(torch.from_numpy(Bucketed(64, 8)(pictures[id]).copy())[None])
+        moments = np.frombuffer(row["moments"], "<f2").reshape(8, row["height"], row["width"])
+        np.testing.assert_allclose(moments, autoencoder.encode(pixels)[0].numpy(), rtol=2e-3, atol=2e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,10 @@ def row(work_id: str, value: float, channels: int = 2, side: int = 2, status: st
     }
 
 
+def dataset_cache(dataset: Dataset) -> Path:
+    return Path(dataset.store.root) / "cache"
+
+
 @pytest.fixture
 def dataset(tmp_path: Path) -> Dataset:
     return Dataset(str(tmp_path))
@@ -52,7 +57,7 @@ def test_good_rows_of_all_tables_by_id(dataset: Dataset) -> None:
         dataset.put_rows("latents/x", [row("c", 3), row("bad", 9, status=REJECTED)], LATENTS),
         dataset.put_rows("latents/x", [row("a", 1), row("b", 2)], LATENTS),
     ]
-    found = caches.load(dataset, tables)
+    found = caches.load(dataset, tables, dataset_cache(dataset))
     assert found.ids == ["a", "b", "c"]
     assert found.captions[2] == "A MOMA artwork of: c"
     moments = found.stacked()
@@ -66,12 +71,46 @@ def test_good_rows_of_all_tables_by_id(dataset: Dataset) -> None:
 def test_nothing_good_is_an_error(dataset: Dataset) -> None:
     table = dataset.put_rows("latents/x", [row("bad", 9, status=REJECTED)], LATENTS)
     with pytest.raises(ValueError, match="no work was encoded without an error"):
-        caches.load(dataset, [table])
+        caches.load(dataset, [table], dataset_cache(dataset))
+
+
+def test_a_node_fetches_once_and_its_processes_share(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, folder = dataset.put_rows("latents/x", [row("a", 1), row("b", 2, side=3)], LATENTS), tmp_path / "cache"
+    first = caches.load(dataset, [table], folder)
+    monkeypatch.setattr(Dataset, "rows", lambda *arguments: pytest.fail("fetched again"))
+    again = caches.load(dataset, [table], folder)
+    assert (again.ids, again.captions, again.token_ids.tolist()) == (first.ids, first.captions, first.token_ids.tolist())
+    assert all(torch.equal(one, other) for one, other in zip(first.moments, again.moments, strict=True))
+    (file,) = folder.glob("*.f16")
+    assert file.stat().st_size == sum(moments.numel() for moments in first.moments) * 2
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if file.name in line]
+    assert len(mapped) == 2  # files, not memory
+
+
+def test_what_a_killed_process_left_is_made_anew(dataset: Dataset, tmp_path: Path) -> None:
+    table, folder = dataset.put_rows("latents/x", [row("a", 1), row("b", 2)], LATENTS), tmp_path / "cache"
+    expected = caches.load(dataset, [table], folder)
+    (index,) = folder.glob("*.parquet")
+    index.unlink()  # it is written last
+    index.with_suffix(".making").write_bytes(b"half")
+    found = caches.load(dataset, [table], folder)
+    assert torch.equal(found.stacked(), expected.stacked())
+    assert sorted(path.suffix for path in folder.iterdir()) == ["", ".f16", ".parquet"]
+
+
+def test_files_that_nobody_uses_make_room(dataset: Dataset, tmp_path: Path) -> None:
+    tables = [dataset.put_rows("latents/x", [row("a", number), row("b", number)], LATENTS) for number in (1, 2, 3)]
+    held = caches.load(dataset, [tables[0]], tmp_path / "cache")
+    caches.load(dataset, [tables[1]], tmp_path / "cache")  # let go at once
+    gc.collect()
+    caches.load(dataset, [tables[2]], tmp_path / "cache")
+    assert len(list((tmp_path / "cache").glob("*.f16"))) == 2
+    assert held.stacked()[0, 0, 0, 0] == 1
 
 
 def test_latents_of_several_sizes_are_several_buckets(dataset: Dataset) -> None:
     rows = [row("a", 1), row("b", 2, side=3), row("c", 4)]
-    found = caches.load(dataset, [dataset.put_rows("latents/x", rows, LATENTS)])
+    found = caches.load(dataset, [dataset.put_rows("latents/x", rows, LATENTS)], dataset_cache(dataset))
     assert found.buckets() == [[0, 2], [1]]
     assert found.rows([0, 2]).stacked()[:, 0, 0, 0].tolist() == [1, 4]
 

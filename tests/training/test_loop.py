@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import pickle
-import shutil
-import socket
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -25,7 +18,8 @@ from momalisa.config import Diffusion, Train
 from momalisa.storage import Store
 from momalisa.training.batches import Pass
 from momalisa.training.cache import LatentCache
-from momalisa.training.loop import Diverged, Events, Run, Trainer, accelerator
+from momalisa.training.loop import Diverged, Events, Run, Trainer
+from momalisa.training.processes import accelerator
 
 TRAIN = Train(
     images=48,
@@ -90,7 +84,7 @@ def test_what_is_heard_and_written(run: Run) -> None:
     ]
     assert [what for what in heard if what[0] == "checkpoint"] == [("checkpoint", 24), ("checkpoint", 48)]
     assert heard.index(("checkpoint", 48)) < heard.index(("synchronise", 48))  # the last one is waited for
-    assert trainer.bare_unet.training
+    assert trainer.bare.unet.training
     cosine = [0.5 * (1 + math.cos(math.pi * seen / 48)) for seen in range(0, 48, 8)]
     assert rates == pytest.approx([3e-3 * warm * c for warm, c in zip([0.5, 1, 1, 1, 1, 1], cosine, strict=True)])
     first, last = checkpoints.read_all(run.store, run.name)
@@ -145,9 +139,9 @@ def test_a_corrupted_state_is_passed_over(run: Run, capsys: pytest.CaptureFixtur
 
 def test_lora_trains_its_adapters_and_nothing_else(run: Run) -> None:
     trainer = Trainer(changed(run, lora_rank=2, images=24), Events())
-    before = {name: value.clone() for name, value in trainer.bare_unet.state_dict().items()}
+    before = {name: value.clone() for name, value in trainer.bare.unet.state_dict().items()}
     trainer.train()
-    moved = {name for name, value in trainer.bare_unet.state_dict().items() if not torch.equal(value, before[name])}
+    moved = {name for name, value in trainer.bare.unet.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == set(trainer.trained)
     assert all("lora" in name for name in moved)
     saved = checkpoints.read_all(run.store, run.name)[-1]
@@ -159,7 +153,7 @@ def test_all_weights_move_in_a_full_fine_tune(run: Run) -> None:
     trainer = Trainer(changed(run, images=24), Events())
     before = {name: value.detach().clone() for name, value in trainer.trained.items()}
     trainer.train()
-    assert set(before) == {name for name, _ in trainer.bare_unet.named_parameters()}
+    assert set(before) == {name for name, _ in trainer.bare.unet.named_parameters()}
     still = [name for name, value in trainer.trained.items() if torch.equal(value, before[name])]
     assert not still
 
@@ -208,79 +202,6 @@ def test_workers_that_would_train_apart_are_refused() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match=r"train.precision='fp16' needs a GPU; try bf16 or fp32"):
             accelerator(TRAIN.model_copy(update={"precision": "fp16"}), workers=1)
-
-
-WORKER = """
-import json, pickle, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-torch.distributed.init_process_group("gloo")
-from momalisa.training.loop import Events, Trainer
-run = pickle.loads(Path(sys.argv[1]).read_bytes())
-progress = Trainer(run, Events(), workers=torch.distributed.get_world_size()).train()
-print("losses", json.dumps(progress.losses))
-torch.distributed.destroy_process_group()
-"""
-
-
-def group(run: Run, workers: int, scratch: Path) -> list[list[tuple[int, float]]]:
-    """Train a run with so many processes; every one's losses."""
-    scratch.mkdir(parents=True, exist_ok=True)
-    (scratch / "run.pickle").write_bytes(pickle.dumps(changed(run, workers=workers)))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(workers), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(scratch / "run.pickle")],
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(workers)
-    ]
-    printed = [process.communicate(timeout=200)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * workers
-    return [json.loads(text.split("losses ", 1)[1]) for text in printed]
-
-
-def weights_of(run: Run) -> torch.Tensor:
-    last = checkpoints.read_all(run.store, run.name)[-1]
-    return torch.nn.utils.parameters_to_vector(checkpoints.load_unet(run.store, last).parameters()).detach()
-
-
-@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("micro_batch", [None, 1])
-def test_many_workers_train_as_one(run: Run, tmp_path: Path, workers: int, micro_batch: int | None) -> None:
-    """Three workers share four cells: one of them has two."""
-    alone = Trainer(run, Events()).train()
-    together = changed(replace(run, store=Store(str(tmp_path / "together"))), micro_batch=micro_batch)
-    losses = group(together, workers, tmp_path / "group")
-    assert all(one == losses[0] for one in losses)  # reduced over the group
-    assert [images for images, _ in losses[0]] == [images for images, _ in alone.losses]
-    assert [loss for _, loss in losses[0]] == pytest.approx([loss for _, loss in alone.losses], rel=1e-5)
-    start = torch.nn.utils.parameters_to_vector(checkpoints.load_base_unet(run.diffusion).parameters()).detach()
-    ours, theirs = weights_of(run), weights_of(together)
-    assert float((ours - theirs).norm() / (ours - start).norm()) < 1e-3
-
-
-@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_a_group_goes_on_from_a_checkpoint_bit_by_bit(run: Run, tmp_path: Path, workers: int) -> None:
-    """DDP lays its buckets out anew after a process's first exchange; at four workers the order of sums shows."""
-    places = [tmp_path / "whole", tmp_path / "resumed"]
-    whole, resumed = (replace(run, store=Store(str(place))) for place in places)
-    first = group(whole, workers, tmp_path / "first")
-    shutil.copytree(places[0] / "checkpoints", places[1] / "checkpoints")
-    shutil.rmtree(places[1] / "checkpoints" / run.name / "000000048")
-    assert [one.images_seen for one in checkpoints.read_all(resumed.store, run.name)] == [24]
-    assert group(resumed, workers, tmp_path / "second") == first
-    ends = [checkpoints.read_all(part.store, run.name)[-1] for part in (whole, resumed)]
-    assert ends[0].images_seen == ends[1].images_seen == 48
-    assert ends[0].state == ends[1].state  # sha256 of weights, EMA, optimizer and losses
-    assert ends[0].files == ends[1].files
 
 
 def test_works_of_several_shapes_train_together(run: Run) -> None:

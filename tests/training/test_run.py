@@ -83,7 +83,7 @@ def test_shell_settings_are_settings() -> None:
 
 def test_without_latents_the_encode_job_is_named(settings: Settings) -> None:
     other = settings.model_copy(update={"encode": config.Encode(resolution_px=64)})
-    with pytest.raises(ValueError, match=r"holds no latents of encoder [0-9a-f]{12}: run the encode job first"):
+    with pytest.raises(ValueError, match=r"holds no latents of encoder [0-9a-f]{12}: run the encode job first.* python -m"):
         runs.plan(other)
 
 

@@ -1,0 +1,49 @@
+"""The helper measures real steps and recommends the smallest size that is nearly the fastest."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from momalisa.training import find_batch
+from momalisa.training.find_batch import Trial
+
+
+def test_sizes_double_up_to_a_workers_share() -> None:
+    assert find_batch.sizes(12) == [1, 2, 4, 8, 12]
+    assert find_batch.sizes(1) == [1]
+
+
+def test_the_smallest_that_is_nearly_the_fastest() -> None:
+    found = [Trial(1, 10.0, 1), Trial(2, 19.0, 1), Trial(4, 30.0, 2), Trial(8, 30.5, 4), Trial(16, 28.0, 8)]
+    assert find_batch.best(found).micro_batch == 4
+
+
+def test_it_is_measured_and_said(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "small.yaml"
+    config.write_text(f"diffusion: {{model: {tiny_base}}}\nencode: {{resolution_px: 64}}\ntrain: {{batch: 4, workers: 1}}\n")
+    monkeypatch.setattr(sys, "argv", ["find_batch", "--config", str(config)])
+    find_batch.main()
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert [line.split()[1] for line in lines[:-1]] == ["1", "2", "4"]
+    assert lines[-1].startswith("use --train.micro_batch=")
+
+
+def test_it_ends_where_memory_does(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from momalisa.config import Diffusion, Encode, Settings, Train
+
+    measure = find_batch.measure
+
+    def small(settings: Settings, size: int, steps: int) -> Trial:
+        if size > 2:
+            raise torch.OutOfMemoryError("full")
+        return measure(settings, size, 1)
+
+    monkeypatch.setattr(find_batch, "measure", small)
+    made = Settings(diffusion=Diffusion(model=str(tiny_base)), encode=Encode(resolution_px=64), train=Train(batch=16, workers=1))
+    assert [trial.micro_batch for trial in find_batch.trials(made)] == [1, 2]

@@ -1,0 +1,176 @@
+"""Groups of processes train as one: the same samples in the same steps, the same losses, and bit by bit after a resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import socket
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from momalisa import checkpoint as checkpoints
+from momalisa.config import Diffusion, Train
+from momalisa.storage import Store
+from momalisa.training.cache import LatentCache
+from momalisa.training.loop import Events, Run, Trainer
+
+TRAIN = Train(
+    images=48,
+    batch=8,
+    workers=1,
+    precision="fp32",
+    learning_rate=3e-3,
+    warmup_images=16,
+    schedule="cosine",
+    ema_decay=0.8,
+    checkpoint_every_images=24,
+    evaluate_every_steps=10_000,
+)
+WORKS = 11
+ADAPTERS = {"lora_rank": 2, "lora_text_encoder": True, "prior_weight": 1.0}
+
+WORKER = """
+import json, pickle, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+from momalisa.training.loop import Events, Trainer
+run = pickle.loads(Path(sys.argv[1]).read_bytes())
+trainer = Trainer(run, Events(), workers=torch.distributed.get_world_size())
+at, seen = trainer.batches.at, {}
+def noted(images_seen):
+    parts = at(images_seen)
+    seen[images_seen] = [work for part in parts if part.weights.sum() > 0 for work in part.ids]
+    return parts
+trainer.batches.at = noted
+progress = trainer.train()
+print("told", json.dumps([progress.losses, sorted(seen.items())]))
+torch.distributed.destroy_process_group()
+"""
+Losses = list[list[float]]
+
+
+@pytest.fixture
+def run(tiny_base: Path, tmp_path: Path) -> Run:
+    """Eleven works of two shapes: epochs end inside batches, and inside cells."""
+    source = torch.Generator().manual_seed(5)
+    mean, log_variance = torch.randn((WORKS, 4, 4, 8), generator=source), torch.full((WORKS, 4, 4, 8), -4.0)
+    moments = list(torch.cat([mean, log_variance], dim=1).half())
+    moments = [row if number % 3 else row[:, :, :4].clone() for number, row in enumerate(moments)]
+    token_ids = torch.randint(0, 600, (WORKS, 77), generator=source)
+    names = [f"work-{i}" for i in range(WORKS)]
+    cache = LatentCache(names, names, moments, token_ids)
+    return Run("tiny-0", TRAIN, Diffusion(model=str(tiny_base)), cache, Store(str(tmp_path / "store")))
+
+
+def changed(run: Run, **settings: Any) -> Run:
+    return replace(run, train=Train(**{**run.train.model_dump(), **settings}))
+
+
+def group(run: Run, workers: int, scratch: Path) -> tuple[Losses, dict[int, list[str]]]:
+    """Train a run with so many processes: its losses, and which works stood in each step."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    (scratch / "run.pickle").write_bytes(pickle.dumps(changed(run, workers=workers)))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(workers), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(scratch / "run.pickle")],
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(workers)
+    ]
+    printed = [process.communicate(timeout=280)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * workers
+    told = [json.loads(text.split("told ", 1)[1]) for text in printed]
+    assert all(losses == told[0][0] for losses, _ in told)  # reduced over the group
+    works: dict[int, list[str]] = {}
+    for _, seen in told:
+        for images_seen, ids in seen:
+            works.setdefault(images_seen, []).extend(ids)
+    return told[0][0], works
+
+
+def weights_of(run: Run) -> torch.Tensor:
+    last = checkpoints.read_all(run.store, run.name)[-1]
+    return torch.nn.utils.parameters_to_vector(checkpoints.load_unet(run.store, last).parameters()).detach()
+
+
+@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "options", [{}, {"micro_batch": 1}, {"lora_rank": 2, "lora_text_encoder": True, "prior_weight": 1.0}], ids=str
+)
+def test_many_workers_train_as_one(run: Run, tmp_path: Path, workers: int, options: dict[str, Any]) -> None:
+    """Three workers share four cells: one of them has two."""
+    run = changed(run, **options)
+    alone = Trainer(run, Events()).train()
+    together = replace(run, store=Store(str(tmp_path / "together")))
+    losses, _ = group(together, workers, tmp_path / "group")
+    assert [images for images, _ in losses] == [images for images, _ in alone.losses]
+    assert [loss for _, loss in losses] == pytest.approx([loss for _, loss in alone.losses], rel=1e-5)
+    start = torch.nn.utils.parameters_to_vector(checkpoints.load_base_unet(run.diffusion).parameters()).detach()
+    ours, theirs = weights_of(run), weights_of(together)
+    assert float((ours - theirs).norm() / (ours - start).norm()) < 1e-3
+
+
+@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_group_goes_on_from_a_checkpoint_bit_by_bit(run: Run, tmp_path: Path, workers: int) -> None:
+    """DDP lays its buckets out anew after a process's first exchange; at four workers the order of sums shows."""
+    places = [tmp_path / "whole", tmp_path / "resumed"]
+    whole, resumed = (replace(run, store=Store(str(place))) for place in places)
+    first, _ = group(whole, workers, tmp_path / "first")
+    shutil.copytree(places[0] / "checkpoints", places[1] / "checkpoints")
+    shutil.rmtree(places[1] / "checkpoints" / run.name / "000000048")
+    assert [one.images_seen for one in checkpoints.read_all(resumed.store, run.name)] == [24]
+    assert group(resumed, workers, tmp_path / "second")[0] == first
+    ends = [checkpoints.read_all(part.store, run.name)[-1] for part in (whole, resumed)]
+    assert ends[0].images_seen == ends[1].images_seen == 48
+    assert ends[0].state == ends[1].state  # sha256 of weights, EMA, optimizer and losses
+    assert ends[0].files == ends[1].files
+
+
+def test_gradients_in_sixteen_bits_train_nearly_the_same(run: Run, tmp_path: Path) -> None:
+    runs = [replace(run, store=Store(str(tmp_path / kind))) for kind in ("none", "bf16")]
+    runs[1] = changed(runs[1], gradient_compression="bf16")
+    (full, _), (half, _) = (group(one, 2, tmp_path / f"group-{number}") for number, one in enumerate(runs))
+    assert full != half
+    assert [loss for _, loss in half] == pytest.approx([loss for _, loss in full], rel=2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 5e-3)])
+def test_two_hundred_steps_are_the_same_at_one_two_and_four_workers(
+    run: Run, tmp_path: Path, precision: str, tolerance: float
+) -> None:
+    """The audit: the same works in the same steps, each of them once an epoch; and the same losses."""
+    long = changed(run, precision=precision, images=1600, checkpoint_every_images=1600, learning_rate=3e-4)
+    found = {
+        workers: group(replace(long, store=Store(str(tmp_path / f"store-{workers}"))), workers, tmp_path / f"group-{workers}")
+        for workers in (1, 2, 4)
+    }
+    losses, works = found[1]
+    assert len(works) == 200
+    for workers in (2, 4):
+        assert {step: sorted(ids) for step, ids in found[workers][1].items()} == {
+            step: sorted(ids) for step, ids in works.items()
+        }
+        assert [loss for _, loss in found[workers][0]] == pytest.approx([loss for _, loss in losses], rel=tolerance)
+    times = Counter(work for ids in works.values() for work in ids)
+    assert set(times) == set(long.cache.ids)
+    assert max(times.values()) - min(times.values()) <= 2  # a cell of two works, and the epoch in which the run ends
