@@ -103,7 +103,7 @@ def test_nan_is_an_error_and_never_a_black_picture(diffusion: Diffusion) -> None
     broken = Engine.load(diffusion)
     with torch.no_grad():
         next(broken.unet.parameters()).fill_(math.nan)
-    with pytest.raises(GenerationError, match=r"the UNet produced NaN or infinity \(seeds 7\)"):
+    with pytest.raises(GenerationError, match=r"the UNet produced NaN or infinity \(seed 7\)"):
         broken.generate([REQUEST])
 
 
