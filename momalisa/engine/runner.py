@@ -91,7 +91,8 @@ class _Graph:
         for buffer, value in zip(self._inputs, values, strict=True):
             buffer.copy_(value)
         self._graph.replay()
-        return self._output.clone()
+        result: Tensor = self._output.clone()
+        return result
 
 
 def _buckets(rows: int) -> list[int]:
