@@ -49,8 +49,13 @@ class Autoencoder:
         height, width = pixels.shape[-2:]
         if height % self.factor or width % self.factor:
             raise ValueError(f"a picture of {width}x{height} pixels cannot be encoded: both must be multiples of {self.factor}")
+        return self.moments(pixels).to("cpu", torch.float16)
+
+    @torch.no_grad()
+    def moments(self, pixels: Tensor) -> Tensor:
+        """What `encode` stores, before it is rounded: [B, 2C, H/8, W/8] in the model's type and place."""
         moments: Tensor = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist.parameters
-        return moments.to("cpu", torch.float16)
+        return moments
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

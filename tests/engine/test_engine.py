@@ -78,10 +78,10 @@ def test_scale_one_costs_one_row_a_request(engine: Engine, monkeypatch: pytest.M
     assert rows == [3]
 
 
-def test_on_step_counts_over_all_groups(engine: Engine) -> None:
+def test_on_step_counts_picture_steps_after_every_tick(engine: Engine) -> None:
     seen: list[tuple[int, int]] = []
     engine.generate([replace(REQUEST, steps=2), replace(REQUEST, steps=1)], lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert seen == [(2, 3), (3, 3)]
 
 
 def test_bf16_draws_nearly_the_same_picture(diffusion: Diffusion, engine: Engine) -> None:
@@ -103,7 +103,7 @@ def test_nan_is_an_error_and_never_a_black_picture(diffusion: Diffusion) -> None
     broken = Engine.load(diffusion)
     with torch.no_grad():
         next(broken.unet.parameters()).fill_(math.nan)
-    with pytest.raises(GenerationError, match=r"the UNet produced NaN or infinity \(seeds 7\)"):
+    with pytest.raises(GenerationError, match=r"the UNet produced NaN or infinity \(seed 7\)"):
         broken.generate([REQUEST])
 
 
