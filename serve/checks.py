@@ -1,7 +1,7 @@
 """What may not be asked for and what may not be shown: checks that answer with a reason, or None where all is well.
 
-    prompt check    (str) -> str | None        a word list (`serve.forbidden_words`), or `serve.prompt_check: module:function`
-    picture check   (Image) -> str | None      the base's safety checker, or `serve.picture_check: module:function`
+prompt check    (str) -> str | None        a word list (`serve.forbidden_words`), or `serve.prompt_check: module:function`
+picture check   (Image) -> str | None      the base's safety checker, or `serve.picture_check: module:function`
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from momalisa.engine import Engine, GenerationError, Request
+from momalisa.engine import Engine, GenerationError, Request, to_parameters
 from serve import png
 from serve.work import Commission
 
@@ -24,6 +24,11 @@ class Easel:
     def __init__(self, engine: Engine, checkpoint: str, check: PictureCheck | None = None) -> None:
         self.engine, self.checkpoint, self._check = engine, checkpoint, check
         self.seats: dict[int, Seat] = {}
+        self.pending_row_steps = 0
+
+    def count(self) -> None:
+        """Note how much work is left, for threads that may not ask the engine."""
+        self.pending_row_steps = self.engine.pending_row_steps
 
     def submit(self, commission: Commission, index: int) -> int:
         """Raises ValueError for a request that cannot be."""
@@ -35,7 +40,8 @@ class Easel:
             raise GenerationError("the picture is one flat colour: the weights are damaged, or try precision fp32")
         if self._check is not None and (reason := self._check(picture)):
             return None, reason
-        return png.encode(picture, png.parameters(commission, index, self.checkpoint)), ""
+        fields = to_parameters(request_of(commission, index)) | {"checkpoint": self.checkpoint}
+        return png.encode(picture, fields), ""
 
     def preview(self, picture: Image.Image) -> bytes:
         return png.encode(picture, {})

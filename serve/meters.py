@@ -78,5 +78,5 @@ class _Gathered:
 def gathered(own: HttpMeters, texts: Sequence[tuple[str, str]]) -> bytes:
     """Prometheus' text of the HTTP layer and of every replica."""
     registry = CollectorRegistry()
-    registry.register(_Gathered(texts))  # type: ignore[arg-type]  # anything with `collect` will do
+    registry.register(_Gathered(texts))
     return generate_latest(own.registry) + generate_latest(registry)

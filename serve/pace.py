@@ -15,10 +15,10 @@ class Pace:
         self._seconds, self._rows = 0.0, 0.0
 
     def tick(self, seconds: float, rows: int) -> None:
-        """One tick of `rows` rows took so long."""
-        if rows > 0:
-            self._seconds = FORGET * self._seconds + seconds
-            self._rows = FORGET * self._rows + rows
+        """One tick of `rows` rows took so long; one of no rows only decoded, which is part of the work of those before."""
+        keep = FORGET if rows > 0 else 1.0
+        self._seconds = keep * self._seconds + (seconds if self._rows or rows > 0 else 0.0)
+        self._rows = keep * self._rows + max(0, rows)
 
     @property
     def row_step_s(self) -> float:

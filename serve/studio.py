@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from momalisa.config import Serve
+from momalisa.engine import Broken, Done, Preview
+from momalisa.engine.events import Event as EngineEvent
 from serve.easel import Easel
 from serve.line import Line, Place
 from serve.mailbox import Mailbox
@@ -62,12 +64,6 @@ class Seat(Place):
     easel: Easel | None = None
     id: int = -1  # the engine's
     seated_at: float = 0.0
-    steps_done: int = 0
-
-    @property
-    def left(self) -> int:
-        """Row-steps that are still to do."""
-        return self.rows * max(1, self.steps - self.steps_done)
 
 
 class Studio:
@@ -191,7 +187,7 @@ class Studio:
         return self._line.row_steps + again + self._at_work()
 
     def _at_work(self) -> int:
-        return sum(seat.left for easel in self._easels() for seat in easel.seats.values())
+        return sum(easel.pending_row_steps for easel in self._easels())
 
     def _places(self) -> dict[Ticket, Waiting]:
         """Where everybody is, and when their last picture will be done."""
@@ -257,6 +253,7 @@ class Studio:
         for seat in self._leaving:
             if seat.easel is not None and seat.easel.seats.pop(seat.id, None) is not None:
                 seat.easel.engine.cancel(seat.id)
+                seat.easel.count()
         self._leaving.clear()
         for easel in [easel for easel in self._retiring if not easel.seats]:
             self._retiring.remove(easel)
@@ -318,6 +315,7 @@ class Studio:
                 continue
             seat.seated_at = self._clock()
             seat.easel.seats[seat.id] = seat
+            seat.easel.count()
             free -= seat.rows
 
     def _tell(self) -> None:
@@ -334,15 +332,15 @@ class Studio:
     def _tick(self, easel: Easel) -> None:
         if not easel.seats:
             return
-        rows, started = sum(seat.rows for seat in easel.seats.values()), self._clock()
+        before, started = easel.engine.pending_row_steps, self._clock()
         events = easel.engine.tick()
         seconds = self._clock() - started
+        rows = before - easel.engine.pending_row_steps  # of the UNet's batch; none where pictures were only decoded
         self._pace.tick(seconds, rows)
         self._meters.tick_s.observe(seconds)
         self._meters.tick_rows.observe(rows)
         with self._wake:
-            for seat in easel.seats.values():
-                seat.steps_done += 1
+            easel.count()
             for ticket in {seat.ticket for seat in easel.seats.values() if seat.ticket.commission.trace}:
                 if len(ticket.ticks) < MAX_TICKS:
                     ticket.ticks.append(
@@ -356,13 +354,11 @@ class Studio:
             for event in events:
                 self._handle(easel, event)
 
-    def _handle(self, easel: Easel, event: Any) -> None:
-        """One of the engine's events: `Preview`, `Done` or `Broken`."""
-        kind = type(event).__name__
-        seat = easel.seats.get(event.id) if kind == "Preview" else easel.seats.pop(event.id, None)
+    def _handle(self, easel: Easel, event: EngineEvent) -> None:
+        seat = easel.seats.get(event.id) if isinstance(event, Preview) else easel.seats.pop(event.id, None)
         if seat is None:
             return  # it has left
-        if kind == "Broken":
+        if isinstance(event, Broken):
             self._spoilt(seat, easel, str(event.error))
         else:
             self._finishing += 1
@@ -381,11 +377,10 @@ class Studio:
 
     # ---- in a finisher's thread
 
-    def _finish(self, seat: Seat, easel: Easel, event: Any) -> None:
+    def _finish(self, seat: Seat, easel: Easel, event: Preview | Done) -> None:
         ticket = seat.ticket
-        done = type(event).__name__ == "Done"
         try:
-            if not done:
+            if isinstance(event, Preview):
                 self._preview(ticket, seat, easel, event)
                 return
             png, filtered = easel.finish(ticket.commission, seat.index, event.picture)
@@ -400,7 +395,7 @@ class Studio:
                 self._finishing -= 1
                 self._wake.notify()
 
-    def _preview(self, ticket: Ticket, seat: Seat, easel: Easel, event: Any) -> None:
+    def _preview(self, ticket: Ticket, seat: Seat, easel: Easel, event: Preview) -> None:
         ticket.mailbox.post(Progress(seat.index, event.done, event.total, easel.preview(event.picture)))
         if not ticket.previewed:
             ticket.previewed = True
@@ -420,4 +415,3 @@ class Studio:
             ticket.seats.remove(seat)
             if not ticket.seats:
                 self._close(ticket, Painted(easel.checkpoint, tuple(ticket.ticks)))
-

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+Sampler = Literal["ddim", "euler", "dpmpp_2m", "dpmpp_2m_karras", "unipc"]  # as momalisa.engine, which imports torch
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Commission:
     guidance_scale: float
     size_px: int
     negative_prompt: str = ""
-    sampler: str = "dpmpp_2m"
+    sampler: Sampler = "dpmpp_2m"
     image: bytes | None = None  # PNG, RGB, size_px square: image-to-image
     strength: float = 0.8
     mask: bytes | None = None  # PNG, L, size_px square: white is repainted

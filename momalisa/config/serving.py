@@ -45,7 +45,8 @@ class Serve(Section):
     prompt_check: str = ""
     """`module:function` (prompt -> reason or None), asked about every prompt."""
     picture_check: str = "auto"
-    """`auto`: Stable Diffusion's safety checker if the base model has one; `off`; or `module:function` (picture -> reason or None)."""
+    """`auto`: Stable Diffusion's safety checker if the base model has one; `off`; or `module:function` (picture -> reason or
+    None)."""
 
     watch_s: float = Field(default=10, ge=0)
     """How often replicas look at refs/best; 0: only when they start."""
@@ -63,7 +64,7 @@ class Serve(Section):
         most = min(self.max_waiting_rows, self.max_waiting_rows_per_key)
         if 2 * self.max_pictures_per_request > most:
             raise ValueError(
-                f"max_pictures_per_request={self.max_pictures_per_request} guided pictures are twice as many rows, and only {most} "
-                f"may wait; try max_waiting_rows and max_waiting_rows_per_key of {2 * self.max_pictures_per_request}"
+                f"max_pictures_per_request={self.max_pictures_per_request} guided pictures are twice as many rows, and only "
+                f"{most} may wait; try max_waiting_rows and max_waiting_rows_per_key of {2 * self.max_pictures_per_request}"
             )
         return self
