@@ -129,7 +129,7 @@ async def _streamed(events: AsyncGenerator[Event, None], commission: Commission)
 def create_app(backend: Backend, limits: config.Serve) -> FastAPI:
     """The ASGI app over a backend. What visitors may ask is in `limits`. Raises ValueError for a file that is not there."""
     service = Service(backend, limits)
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     if limits.cors_origins:
         app.add_middleware(
             CORSMiddleware,

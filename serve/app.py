@@ -69,9 +69,10 @@ class ReplicasBackend:
 
     async def metrics(self) -> list[tuple[str, str]]:
         try:
-            return list(await self._generator.broadcast("metrics").results_async(timeout_s=ANSWER_WITHIN_S))
+            texts = await self._generator.broadcast("metrics").results_async(timeout_s=ANSWER_WITHIN_S)
         except (TimeoutError, RayError, RayServeException) as error:
             raise Unavailable(f"not every generator answered within {ANSWER_WITHIN_S:.0f} s") from error
+        return [one for replica in texts for one in replica]
 
 
 @ray_serve.ingress()

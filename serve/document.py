@@ -8,7 +8,13 @@ from momalisa import config
 from serve import wire
 
 JSON = "application/json"
-STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+EVENTS = [f"image_{what}.{state}" for what in ("generation", "edit") for state in ("partial_image", "completed")]
+EVENT = {
+    "type": "object",
+    "properties": {"event": {"enum": [*EVENTS, "error"]}, "data": {"type": "string", "contentMediaType": JSON}},
+    "required": ["event", "data"],
+}
+STREAM = {"text/event-stream": {"schema": EVENT}}
 JOB = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
 DEBUG = {
     "name": "debug",

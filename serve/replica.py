@@ -52,10 +52,10 @@ class Generator:
         """What is served; answers while painting too."""
         return replace(self._studio.state(), problem=self._watch.problem if self._watch else "")
 
-    async def metrics(self) -> tuple[str, str]:
-        """(name of this process, Prometheus text)."""
+    async def metrics(self) -> list[tuple[str, str]]:
+        """[(name of this process, Prometheus text)]."""
         self.meters.rejected.set(bool(self._watch and self._watch.problem))
-        return self._name, self.meters.text()
+        return [(self._name, self.meters.text())]
 
     def check_health(self) -> None:
         """Serve's health check. Raises where nothing can be painted any more: the replica is then replaced."""

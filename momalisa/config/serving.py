@@ -31,8 +31,6 @@ class Serve(Section):
     """A request that is not painted after this long is given up; one that could not be is not accepted."""
     stall_s: float = Field(default=30, gt=0)
     """A client that takes nothing of its stream for this long has left."""
-    target_wait_s: float = Field(default=10, gt=0)
-    """Replicas are added while more than this much work waits on each of them, and removed when less does."""
 
     keys: str = ""
     """The file of API keys that `python -m serve.keys` writes; empty: who reaches the port may paint."""

@@ -93,7 +93,7 @@ async def test_a_corrupt_checkpoint_is_never_served(running: Generator, store: S
     promote(store, path)
     await until_state(running, problem="checkpoints/tiny/128 cannot be served")
     assert (await running.state()).checkpoint == "tiny-64"
-    _, text = await running.metrics()
+    [(_, text)] = await running.metrics()
     assert "momalisa_best_not_served 1.0" in text
     promote(store, "checkpoints/tiny/64")
     end = time.monotonic() + 10
