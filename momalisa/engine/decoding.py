@@ -68,11 +68,15 @@ class Decoder:
 
     def poll(self, wait: bool) -> list[Event]:
         """Start on the next few; what is ready. `wait`: nothing else is to be done, so those that run are waited for."""
+        events: list[Event] = []
         if self._waiting:
-            self._running.append(self._start(self._next()))
+            part = self._next()
+            try:
+                self._running.append(self._start(part))
+            except RuntimeError as error:  # what a device refuses: memory above all
+                events += [Broken(item.id, error) for item in part if item.id in self._ids]
         if wait and self._stream is not None:
             self._stream.synchronize()
-        events: list[Event] = []
         while self._running and self._running[0].ready():
             events += [event for event in self._running.popleft().outcomes() if event.id in self._ids]
         self._ids.difference_update(event.id for event in events)

@@ -10,26 +10,30 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from momalisa.config import Diffusion
-from momalisa.engine.batch import Batch
+from momalisa.engine.adapters import MAX_ADAPTERS, Adapters
+from momalisa.engine.batch import Batch, Model
 from momalisa.engine.decoding import Decoder, Finished
 from momalisa.engine.events import Broken, Done, Event, Preview
 from momalisa.engine.preview import Projection
 from momalisa.engine.request import Request
-from momalisa.engine.samplers import Samplers, scheduler_config
+from momalisa.engine.runner import Runner
+from momalisa.engine.samplers import Samplers, Table, scheduler_config
 from momalisa.engine.texts import Texts
 from momalisa.engine.trajectory import Trajectory
 from momalisa.latents import Autoencoder, TextEncoder
+from momalisa.storage import Store
 
 OnStep = Callable[[int, int], None]
 MAX_ROWS = 32
 DECODED_TOGETHER = 8
+LOADING_S = 0.05  # a tick with nothing else to do waits so long for an adapter
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Engine:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         max_rows: int = MAX_ROWS,
+        adapters: Adapters | None = None,
     ) -> None:
         """`unet` is moved to `device`, and to `dtype` unless that is float32; its mode is kept.
 
@@ -76,13 +81,16 @@ class Engine:
         if max_rows < 2:
             raise ValueError(f"max_rows={max_rows} must be at least 2: a guided picture is two rows")
         self.device, self.dtype, self.max_rows = torch.device(device), dtype, max_rows
-        self.unet = unet.to(self.device) if dtype == torch.float32 else unet.to(self.device, dtype)
+        self.unet = _placed(unet, self.device, dtype)
         self.autoencoder = autoencoder
         self.text_encoder = text_encoder
         self._samplers = Samplers(scheduler_config)
         self._texts = Texts(text_encoder, self.device, dtype)
         self._decoder = Decoder(autoencoder, self.device, DECODED_TOGETHER)
+        self._runner = Runner(self.unet, self.device, dtype)
+        self._adapters = adapters
         self._projection: Projection | None = None
+        self._stepped: torch.cuda.Event | None = None
         self._lanes: dict[Kind, Lane] = {}
         self._held: list[Event] = []
         self._next_id = 0
@@ -95,14 +103,34 @@ class Engine:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         max_rows: int = MAX_ROWS,
+        store: Store | None = None,
+        max_adapters: int = MAX_ADAPTERS,
     ) -> Engine:
-        """The base's pipeline around `unet` (default: the base's own). Raises ValueError where the base cannot be loaded."""
+        """The base's pipeline around `unet` (default: the base's own), and adapters from `store`.
+
+        Raises ValueError where the base cannot be loaded.
+        """
         from momalisa.checkpoint import load_base_unet
 
         autoencoder = Autoencoder.load(diffusion, device, dtype)
         text_encoder = TextEncoder.load(diffusion, device, dtype)
-        unet = load_base_unet(diffusion) if unet is None else unet
-        return cls(unet, autoencoder, text_encoder, scheduler_config(diffusion), device, dtype, max_rows)
+        unet = _placed(load_base_unet(diffusion) if unet is None else unet, torch.device(device), dtype)
+        adapters = None if store is None else Adapters(unet, store, diffusion, max_adapters)
+        return cls(unet, autoencoder, text_encoder, scheduler_config(diffusion), device, dtype, max_rows, adapters)
+
+    def compile(self, sizes_px: Sequence[int], cache_dir: str | Path | None = None) -> None:
+        """Compile the UNet for pictures of these sizes, before the first request: minutes, or seconds from `cache_dir`.
+
+        Adapters and other sizes are drawn without. On a GPU each shape becomes a CUDA graph.
+        """
+        places = [size_px // self.autoencoder.factor for size_px in sizes_px]
+        text = self._texts.embed([""])[0]
+        self._runner.warm(self.max_rows, places, self.autoencoder.channels, text, cache_dir)
+
+    def close(self) -> None:
+        """End the thread that loads adapters."""
+        if self._adapters is not None:
+            self._adapters.close()
 
     @property
     def rows(self) -> int:
@@ -121,8 +149,7 @@ class Engine:
 
     def submit(self, request: Request) -> int:
         """Its id in events. It joins at the next tick with room. Raises ValueError for a request that cannot be."""
-        request.check(self.autoencoder.factor)
-        table = self._samplers.table(request.sampler, request.steps, request.start)
+        table = self._check(request)
         self._next_id += 1
         kind = Kind(request.size_px, request.adapter, self._next_id if request.reproducible else None)
         lane = self._lanes.setdefault(kind, Lane(Batch(self.device)))
@@ -144,12 +171,17 @@ class Engine:
     def tick(self) -> list[Event]:
         """One step for the pictures of one kind, kinds taking turns; then some decoding. What there is to say about requests."""
         events, self._held = self._held, []
-        if self._lanes:
-            kind = next(iter(self._lanes))
+        chosen = self._choose(events)
+        if self._stepped is not None:
+            self._stepped.synchronize()  # one step at most waits on the GPU: what comes now is next
+        if chosen is not None:
+            kind, model = chosen
             lane = self._lanes.pop(kind)
-            events += self._advance(lane)
+            events += self._advance(lane, model)
             if lane.trajectories:
                 self._lanes[kind] = lane  # last in turn
+        elif self._adapters is not None and self._lanes and not len(self._decoder):
+            self._adapters.wait(LOADING_S)
         return events + self._decoder.poll(wait=not self._lanes)
 
     def generate(self, requests: Sequence[Request], on_step: OnStep | None = None) -> list[Image.Image]:
@@ -158,7 +190,7 @@ class Engine:
         Raises ValueError for a request that cannot be, GenerationError where the result is not finite.
         """
         for request in requests:
-            request.check(self.autoencoder.factor)
+            self._check(request)
         ids = [self.submit(request) for request in requests]
         total = sum(request.steps - request.start for request in requests)
         pictures: dict[int, Image.Image] = {}
@@ -185,27 +217,61 @@ class Engine:
         flying = [trajectory for lane in self._lanes.values() for trajectory in lane.trajectories]
         return sum(trajectory.steps - trajectory.done for trajectory in flying if trajectory.id in ids)
 
-    def _advance(self, lane: Lane) -> list[Event]:
+    def _check(self, request: Request) -> Table:
+        """The request's table. Raises ValueError."""
+        request.check(self.autoencoder.factor)
+        if request.adapter is not None:
+            if self._adapters is None:
+                raise ValueError(f"adapter={request.adapter!r}: there is no store to load it from; leave it out")
+            self._adapters.check(request.adapter)
+        return self._samplers.table(request.sampler, request.steps, request.start)
+
+    def _choose(self, events: list[Event]) -> tuple[Kind, Model] | None:
+        """The next kind in turn that can be drawn, and by what; those whose adapter cannot be loaded are broken."""
+        for kind in list(self._lanes):
+            try:
+                model = self._model(kind)
+            except Exception as error:  # whatever the store, diffusers or safetensors may raise
+                events += [Broken(trajectory.id, error) for trajectory in self._lanes.pop(kind).trajectories]
+            else:
+                if model is not None:
+                    return kind, model
+        return None
+
+    def _model(self, kind: Kind) -> Model | None:
+        """What draws a kind; None while its adapter is loaded."""
+        if kind.adapter is None or self._adapters is None:
+            return self._runner
+        busy = {other.adapter for other, lane in self._lanes.items() if other.adapter and len(lane.batch)}
+        unet = self._adapters.unet(kind.adapter, busy)
+        return None if unet is None else Runner(unet, self.device, self.dtype)
+
+    def _advance(self, lane: Lane, model: Model) -> list[Event]:
         """One step of a lane. What goes wrong there is the end of its pictures and of nothing else."""
+        batch, asked = lane.batch, lane.trajectories
         try:
             self._admit(lane)
-            lane.batch.step(self._forward)
+            batch.step(model)
+            self._mark()
         except RuntimeError as error:  # what a device refuses: memory above all
-            broken = lane.batch.trajectories
+            waiting = set(lane.waiting)
             lane.batch = Batch(self.device)
-            return [Broken(trajectory.id, error) for trajectory in broken]
-        previews = self._previews(lane.batch)
-        batch = lane.batch
+            return [Broken(trajectory.id, error) for trajectory in asked if trajectory not in waiting]
+        previews = self._previews(batch)
         finished = [index for index, trajectory in enumerate(batch.trajectories) if trajectory.done == trajectory.steps]
-        if finished:
-            flying = [batch.trajectories[index] for index in finished]
-            latents = [batch.latents(index).clone() for index in finished]
-            self._decoder.add(Finished(one.id, one.request, last) for one, last in zip(flying, latents, strict=True))
-            batch.drop(one.id for one in flying)
+        flying = [batch.trajectories[index] for index in finished]
+        latents = [batch.latents(index).clone() for index in finished]
+        self._decoder.add(Finished(one.id, one.request, last) for one, last in zip(flying, latents, strict=True))
+        batch.drop(one.id for one in flying)
         return previews
 
+    def _mark(self) -> None:
+        if self.device.type == "cuda":
+            self._stepped = torch.cuda.Event()
+            self._stepped.record()
+
     def _admit(self, lane: Lane) -> None:
-        """Those in front for whom there is room."""
+        """Let in those in front for whom there is room."""
         joining: list[Trajectory] = []
         rows = lane.batch.rows
         while lane.waiting and rows + lane.waiting[0].most_rows <= self.max_rows:
@@ -217,10 +283,6 @@ class Engine:
             prompts = torch.stack(states[2 * index : 2 * index + 2])
             lane.batch.join(trajectory, trajectory.start(self.autoencoder, self.device), prompts)
 
-    def _forward(self, latents: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
-        output: Tensor = self.unet(latents.to(self.dtype), timesteps, encoder_hidden_states=states, return_dict=False)[0]
-        return output.float()
-
     def _previews(self, batch: Batch) -> list[Event]:
         due = [index for index, trajectory in enumerate(batch.trajectories) if trajectory.preview_due]
         if not due:
@@ -230,3 +292,9 @@ class Engine:
         flying = [batch.trajectories[index] for index in due]
         pictures = self._projection.pictures(batch.estimate(due), flying[0].request.size_px)
         return [Preview(one.id, picture, one.done, one.steps) for one, picture in zip(flying, pictures, strict=True)]
+
+
+def _placed(unet: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """The UNet where and as it is used: channels_last is what a GPU's convolutions want."""
+    unet = torch.nn.Module.to(unet, device, None if dtype == torch.float32 else dtype)
+    return unet.to(memory_format=torch.channels_last) if device.type == "cuda" else unet

@@ -51,6 +51,9 @@ class Request:
             raise ValueError(f"guidance_scale={self.guidance_scale} must be at least 1, which is no guidance; try 7.5")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed={self.seed} must be between 0 and 2**64 - 1")
+        low, high = self.guidance_interval
+        if not 0 <= low <= high:
+            raise ValueError(f"guidance_interval={self.guidance_interval} must be two noise levels, the lower one first")
         if self.previews < 0:
             raise ValueError(f"previews={self.previews} must be 0 or more")
         self._check_image()
@@ -65,7 +68,7 @@ class Request:
                     f"the {name} is {picture.width}x{picture.height} {picture.mode}; "
                     f"it must be {self.size_px}x{self.size_px} {mode}, as size_px says"
                 )
-        if self.image is not None and (not 0 <= self.strength <= 1 or self.start == self.steps):
+        if self.image is not None and not (0 <= self.strength <= 1 and self.start < self.steps):
             raise ValueError(
                 f"strength={self.strength} of {self.steps} steps must be one step at least and all at most; "
                 f"try {1 / self.steps:.2g} to 1"

@@ -95,7 +95,8 @@ def pixels_of(picture: Image.Image) -> Tensor:
 def mask_of(picture: Image.Image, factor: int) -> Tensor:
     """L -> [1, h, w] float32, 0 or 1: one pixel stands for each latent place, as in diffusers' pipeline."""
     white = (_bytes(picture) / 255 >= 0.5).float()
-    return torch.nn.functional.interpolate(white[None, None], scale_factor=1 / factor)[0]
+    mask: Tensor = torch.nn.functional.interpolate(white[None, None], scale_factor=1 / factor)[0]
+    return mask
 
 
 def _bytes(picture: Image.Image) -> Tensor:

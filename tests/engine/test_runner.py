@@ -1,0 +1,81 @@
+"""Compiled shapes: the same pictures, rows padded to buckets, and nothing compiled once requests are drawn."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from momalisa.config import Diffusion
+from momalisa.engine import Engine, Request
+from momalisa.engine.runner import Runner, _buckets, _padded
+from tests.engine.conftest import difference, photograph
+
+REQUEST = Request("a red boat", seed=7, steps=3, guidance_scale=5.0, size_px=64)
+
+
+def test_buckets_end_at_the_most_rows() -> None:
+    assert _buckets(2) == [1, 2]
+    assert _buckets(20) == [1, 2, 4, 8, 12, 16, 20]
+
+
+def test_padding_adds_rows_of_zeros() -> None:
+    values = torch.ones(3, 2)
+    assert _padded(values, 3) is values
+    assert _padded(values, 5).tolist() == [[1, 1]] * 3 + [[0, 0]] * 2
+
+
+def test_a_batch_goes_to_the_smallest_shape_it_fits(engine: Engine) -> None:
+    runner, seen = Runner(engine.unet, torch.device("cpu"), torch.float32), []
+    for rows in (4, 2, 8):
+
+        def call(latents: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+            seen.append((len(latents), len(timesteps), len(states)))
+            return latents + 1
+
+        runner._shapes[rows, 4, 8, 8] = call
+    for rows in (1, 2, 3, 5):
+        output = runner(torch.zeros(rows, 4, 8, 8), torch.zeros(rows), torch.zeros(rows, 77, 32))
+        assert output.shape == (rows, 4, 8, 8)
+        assert float(output.min()) == 1
+    assert seen == [(2, 2, 2), (2, 2, 2), (4, 4, 4), (8, 8, 8)]
+
+
+def test_what_has_no_shape_is_drawn_all_the_same(engine: Engine) -> None:
+    runner = Runner(engine.unet, torch.device("cpu"), torch.float32)
+    runner._shapes[1, 4, 8, 8] = None  # too few rows, and of another size
+    assert runner(torch.zeros(2, 4, 8, 8), torch.zeros(2), torch.zeros(2, 77, 32)).shape == (2, 4, 8, 8)
+    assert runner(torch.zeros(1, 4, 12, 12), torch.zeros(1), torch.zeros(1, 77, 32)).shape == (1, 4, 12, 12)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_nothing_is_compiled_while_pictures_are_drawn(diffusion: Diffusion, tmp_path: Path) -> None:
+    engine, plain = Engine.load(diffusion, max_rows=2), Engine.load(diffusion, max_rows=2)
+    engine.compile([64], tmp_path)
+    assert [shape[0] for shape in engine._runner.shapes] == [1, 2]
+    assert any(tmp_path.rglob("*.so"))
+    frames = dict(counters["frames"])
+    mixed = [
+        REQUEST,
+        replace(REQUEST, seed=8, guidance_scale=1.0, sampler="euler", steps=5),
+        replace(REQUEST, image=photograph(1), sampler="unipc", steps=6),
+        replace(REQUEST, seed=9, reproducible=True),
+        replace(REQUEST, size_px=96),
+    ]
+    for ours, expected in zip(engine.generate(mixed), plain.generate(mixed), strict=True):
+        assert difference(ours, expected) <= 1
+    assert dict(counters["frames"]) == frames
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_draw_the_same_pictures(diffusion: Diffusion, tmp_path: Path) -> None:
+    engine = Engine.load(diffusion, device="cuda", max_rows=6)
+    plain = Engine.load(diffusion, max_rows=6)
+    engine.compile([64], tmp_path)
+    mixed = [REQUEST, replace(REQUEST, seed=8, guidance_scale=1.0, previews=2), replace(REQUEST, image=photograph(1))]
+    for ours, expected in zip(engine.generate(mixed), plain.generate(mixed), strict=True):
+        assert difference(ours, expected) <= 3
