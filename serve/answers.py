@@ -28,6 +28,8 @@ def failure(outcome: Busy | Failed) -> ApiError:
     if isinstance(outcome, Busy):
         wait = outcome.retry_after_s
         return ApiError(429, f"{outcome.message}; try again in {wait} s", None, "queue_full", "rate_limit_error", wait)
+    if outcome.wrong:
+        return ApiError(400, outcome.message, code="invalid_value")
     if outcome.late:
         return ApiError(408, outcome.message, "deadline_s", "deadline_exceeded", "timeout_error")
     if outcome.retry:

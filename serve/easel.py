@@ -68,6 +68,7 @@ def request_of(commission: Commission, index: int) -> Request:
         mask=_opened(commission.mask, "L"),
         previews=commission.previews,
         reproducible=commission.reproducible,
+        adapter=commission.adapter,
     )
 
 

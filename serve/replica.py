@@ -77,7 +77,9 @@ class Generator:
         published = checkpoint.read(self._store, path)
         dtype = PRECISIONS[serve.precision]
         unet = checkpoint.load_unet(self._store, published, dtype if self._device == "cuda" else torch.float32)
-        engine = Engine.load(published.diffusion, unet, self._device, dtype, serve.max_rows)
+        engine = Engine.load(published.diffusion, unet, self._device, dtype, serve.max_rows, self._store)
+        if serve.compile:
+            engine.compile([serve.size_px], serve.compile_cache or None)
         engine.generate([Request("", steps=1, size_px=serve.size_px, guidance_scale=scale) for scale in (1.0, 7.5)])
         check = checks.picture_check(serve, published.diffusion, self._device)
         logger.info("%s is ready on %s after %.1f s", published.id, self._device, time.monotonic() - started)

@@ -143,6 +143,8 @@ class Studio:
             self._closing = True
             self._wake.notify()
         self._thread.join()
+        for easel in self._easels():
+            easel.engine.close()
         self._finishers.shutdown()
 
     def _enter(self, ticket: Ticket) -> Outcome | None:
@@ -257,6 +259,7 @@ class Studio:
         self._leaving.clear()
         for easel in [easel for easel in self._retiring if not easel.seats]:
             self._retiring.remove(easel)
+            easel.engine.close()
             logger.info("%s is taken down", easel.checkpoint)
 
     def _judge(self) -> None:
@@ -311,7 +314,7 @@ class Studio:
                 seat.id = seat.easel.submit(ticket.commission, seat.index)
             except ValueError as error:
                 seat.easel = None
-                self._close(ticket, Failed(str(error)))
+                self._close(ticket, Failed(str(error), wrong=True))
                 continue
             seat.seated_at = self._clock()
             seat.easel.seats[seat.id] = seat
@@ -368,7 +371,7 @@ class Studio:
         """No picture came. Under trial it is painted again by the old checkpoint; else the visitor is told."""
         if easel is not self._main:
             self._once_more(seat)
-            if easel is self._new and self._trial is not None:
+            if easel is self._new and self._trial is not None and seat.ticket.commission.adapter is None:
                 self._trial.fail(problem)
             return
         logger.error("a picture failed: %s", problem)

@@ -1,8 +1,8 @@
 """OpenAI's images API on the wire: what a request may say.
 
 Beside OpenAI's own fields a request may hold `seed`, `steps`, `guidance_scale`, `sampler`, `negative_prompt`,
-`strength` (edits), `reproducible` and `deadline_s`. Fields that mean nothing here (`user`, `quality`, `background`, ...)
-are ignored, and `model` may be anything: the answer says which checkpoint painted.
+`strength` (edits), `reproducible`, `adapter` and `deadline_s`. Fields that mean nothing here (`user`, `quality`,
+`background`, ...) are ignored, and `model` may be anything: the answer says which checkpoint painted.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class ImagesRequest(BaseModel):
     sampler: Sampler | None = None
     negative_prompt: Text | None = None
     reproducible: bool | None = None
+    adapter: Annotated[Text, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,80}/[0-9]{1,20}$")] | None = None
     deadline_s: Annotated[float, Field(gt=0)] | None = None
 
 
@@ -86,6 +87,7 @@ def rules(limits: config.Serve) -> dict[str, str]:
         "sampler": "one of " + ", ".join(SAMPLERS),
         "negative_prompt": text,
         "reproducible": "true or false",
+        "adapter": "a LoRA's checkpoint as run/images, such as impressionists/6400",
         "deadline_s": f"a number of seconds above 0; at most {limits.deadline_s:g} are waited",
         "strength": "a number above 0, and at most 1, that leaves one step to do",
     }
@@ -188,6 +190,7 @@ def commission(
         mask=mask,
         previews=request.partial_images or 0,
         reproducible=bool(request.reproducible),
+        adapter=request.adapter,
         deadline_s=min(request.deadline_s or limits.deadline_s, limits.deadline_s),
         **more,
     )

@@ -28,6 +28,7 @@ class Commission:
     mask: bytes | None = None  # PNG, L, size_px square: white is repainted
     previews: int = 0  # partial pictures wanted
     reproducible: bool = False
+    adapter: str | None = None  # a LoRA's checkpoint: run/images
     key: str = ""  # whose it is: what is fair is fair among keys
     kiosk: bool = False  # the priority lane
     deadline_s: float = 300.0
@@ -85,11 +86,12 @@ class Busy:
 
 @dataclass(frozen=True)
 class Failed:
-    """The commission was right but no picture came of it; the message is for the visitor."""
+    """No picture came of it; the message is for the visitor."""
 
     message: str
     retry: bool = False  # the generator is starting or was lost: the same request may succeed soon
     late: bool = False  # its deadline passed
+    wrong: bool = False  # the request cannot be, as only the engine could tell
 
 
 Outcome = Painted | Busy | Failed

@@ -21,6 +21,11 @@ class Serve(Section):
     """Put before what a visitor types, unless it is there already."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 
+    compile: bool = False
+    """Compile the UNet for pictures of size_px before the first request: minutes, or seconds from compile_cache."""
+    compile_cache: str = ""
+    """A folder on the node that keeps compiled kernels."""
+
     max_rows: int = Field(default=16, ge=2)
     """Rows of the UNet's batch on one replica: a guided picture is two, one without guidance is one."""
     max_waiting_rows: Positive = 128

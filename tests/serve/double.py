@@ -51,6 +51,9 @@ class Engine:
         self.cancelled.append(id_)
         return self.flying.pop(id_, None) is not None
 
+    def close(self) -> None:
+        pass
+
     def tick(self) -> list[Any]:
         time.sleep(self.tick_s)
         if self.paused:

@@ -167,6 +167,7 @@ WRONG_FIELDS = [
     ({"prompt": "x", "partial_images": 4}, "partial_images", "from 0 to 3; got 4"),
     ({"prompt": "x", "sampler": "plms"}, "sampler", "sampler must be one of ddim, euler"),
     ({"prompt": "x", "size": "60x60"}, "size", "size must be one of auto, 64x64, 48x48, 32x32"),
+    ({"prompt": "x", "adapter": "../secrets/1"}, "adapter", "adapter must be a LoRA's checkpoint"),
     ({"prompt": "x", "deadline_s": 0}, "deadline_s", "above 0"),
     ({"prompt": "x", "output_format": "webp"}, "output_format", "output_format must be png"),
     ({"prompt": "x", "response_format": "jpeg"}, "response_format", "b64_json or url"),
@@ -256,7 +257,7 @@ BODIES = st.one_of(
 
 
 @given(body=BODIES)
-@hypothesis_settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@hypothesis_settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_no_body_makes_the_server_fail(body: bytes) -> None:
     async def post() -> httpx.Response:
         async with client_of(FakeBackend()) as client:
@@ -277,3 +278,10 @@ def test_any_text_is_painted(generator: Generator, prompt: str) -> None:
 
     entry = asyncio.run(post()).json()["data"][0]
     assert picture_of(entry).info["prompt"] == entry["revised_prompt"]
+
+
+async def test_an_adapter_that_is_not_there_is_the_callers_error(client: httpx.AsyncClient) -> None:
+    for name, message in (("nobody/64", "holds no complete checkpoint"), ("tiny/64", "is a whole model, not a LoRA")):
+        answer = await client.post(PATH, json={"prompt": "x", "adapter": name})
+        assert answer.status_code == 400
+        assert message in answer.json()["error"]["message"]

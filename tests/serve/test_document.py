@@ -46,7 +46,7 @@ SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", create_app(Whole(), LIM
 
 
 @SCHEMA.parametrize()
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 def test_the_server_does_what_its_document_says(case: Any) -> None:
     case.call_and_validate(checks=CHECKS)
 

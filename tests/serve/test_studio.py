@@ -151,7 +151,7 @@ async def test_one_bad_request_spoils_no_other(studios: Studios) -> None:
     assert isinstance(bad, Failed)
     assert "log says why" in bad.message
     assert isinstance(impossible, Failed)
-    assert impossible.message == "this cannot be"
+    assert (impossible.message, impossible.wrong) == ("this cannot be", True)
     assert (good, also_good) == (Painted("old-1"), Painted("old-1"))
 
 
