@@ -1,33 +1,40 @@
-"""The HTTP layer: OpenAI's images API, health, and the visitors' page. Knows nothing of Ray or torch.
+"""The HTTP layer: OpenAI's images API, jobs, health, metrics, and the visitors' page. Knows nothing of Ray or torch.
 
-POST /v1/images/generations   GET /v1/models   GET /healthz   GET /
+POST /v1/images/generations   POST /v1/images/edits   GET /v1/models   /v1/jobs   GET /healthz /metrics /openapi.json /
 """
 
 from __future__ import annotations
 
-import base64
 import logging
-import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse, JSONResponse, Response
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from momalisa import config
-from serve import wire
-from serve.wire import ApiError
-from serve.work import Backend, Busy, Commission, Failed, Painted, Unavailable
+from serve import answers, checks, uploads, wire
+from serve.access import Access, Caller
+from serve.document import document
+from serve.errors import ApiError
+from serve.jobs import Jobs
+from serve.log import RequestLog
+from serve.meters import HttpMeters, gathered
+from serve.stream import ClientLeft, EventStream, unless_left
+from serve.work import Backend, Busy, Commission, Event, Failed, State, Unavailable
 
 logger = logging.getLogger(__name__)
 
 WEB = Path(__file__).parent / "web"
 PAGE_FILES = {"/": "index.html", "/style.css": "style.css", "/page.js": "page.js"}
-RETRY_AFTER_S = 5  # while a generator starts
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
@@ -41,67 +48,171 @@ HEADERS = {
 }
 
 
+class Service:
+    """What every route needs. Raises ValueError for settings that name what is not there."""
+
+    def __init__(self, backend: Backend, limits: config.Serve) -> None:
+        self.backend, self.limits = backend, limits
+        self.access, self.check = Access(limits.keys), checks.prompt_check(limits)
+        self.jobs = Jobs(backend, limits.max_jobs, limits.job_keep_s)
+        self.meters = HttpMeters()
+
+    def caller(self, request: Request, scope: str) -> Caller:
+        """Raises ApiError."""
+        address = request.client.host if request.client else ""
+        caller = self.access.caller(request.headers.get("Authorization"), address, scope)
+        request.state.caller = caller.id if self.limits.keys else ""
+        return caller
+
+    async def commission(self, request: Request, edit: bool = False) -> tuple[Commission, wire.ImagesRequest]:
+        """What is asked for, by somebody who may. Raises ApiError."""
+        caller = self.caller(request, "edit" if edit else "generate")
+        asked, image, mask = await (self._edit(request) if edit else self._generation(request))
+        for text in (asked.prompt, asked.negative_prompt or ""):
+            if reason := self.check(text):
+                self.meters.refused_prompts.inc()
+                raise answers.filtered(reason, "prompt")
+        who = {"key": caller.id, "kiosk": caller.kiosk, "trace": request.query_params.get("debug") == "trace"}
+        return wire.commission(asked, self.limits, image, mask, **who), asked
+
+    async def _generation(self, request: Request) -> tuple[wire.ImagesRequest, None, None]:
+        return wire.parse(wire.from_json(await read_body(request, wire.MAX_BODY_BYTES)), self.limits), None, None
+
+    async def _edit(self, request: Request) -> tuple[wire.ImagesRequest, bytes, bytes | None]:
+        body = await read_body(request, 2 * self.limits.max_upload_bytes)
+        form = await uploads.read_form(request.headers.get("Content-Type", ""), body)
+        for name, data in (("image", form.image), ("mask", form.mask or b"")):
+            if len(data) > self.limits.max_upload_bytes:
+                message = f"{name} has {len(data)} bytes; at most {self.limits.max_upload_bytes} are taken"
+                raise ApiError(413, message, name, "body_too_large")
+        asked = wire.parse(wire.from_form(form.fields), self.limits, wire.EditsRequest)
+        size_px = wire.sizes(self.limits)[asked.size or "auto"]
+        image, mask = await run_in_threadpool(uploads.prepare, form, size_px, self.limits)
+        return asked, image, mask
+
+    async def images(self, request: Request, edit: bool) -> Response:
+        commission, asked = await self.commission(request, edit)
+        if asked.stream:
+            return await self._stream(commission)
+        pictures, painted = await unless_left(request, answers.collect(self.backend, commission))
+        return JSONResponse(answers.body(commission, pictures, painted, as_url=asked.response_format == "url"))
+
+    async def _stream(self, commission: Commission) -> Response:
+        """The first event decides: nothing can become a 429 once a stream has begun."""
+        events = self.backend.paint(commission)
+        first = await anext(events, Failed("the generator was lost while it painted; try again", retry=True))
+        if isinstance(first, Busy | Failed):
+            await events.aclose()
+            raise answers.failure(first)
+        return EventStream(_streamed(_with(first, events), commission), self.limits.stall_s)
+
+    async def state(self) -> State:
+        try:
+            return await self.backend.state()
+        except Unavailable as error:
+            raise answers.failure(Failed(str(error), retry=True)) from None
+
+
+async def _with(first: Event, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
+    async with aclosing(events):
+        yield first
+        async for event in events:
+            yield event
+
+
+async def _streamed(events: AsyncGenerator[Event, None], commission: Commission) -> AsyncGenerator[bytes, None]:
+    async with aclosing(events):
+        async for text in answers.stream(events, commission):
+            yield text
+
+
 def create_app(backend: Backend, limits: config.Serve) -> FastAPI:
-    """The ASGI app over a backend. What visitors may ask is in `limits`."""
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    """The ASGI app over a backend. What visitors may ask is in `limits`. Raises ValueError for a file that is not there."""
+    service = Service(backend, limits)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    if limits.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=limits.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "Content-Type"],
+            expose_headers=["Retry-After", "X-Request-ID"],
+        )
     app.add_middleware(SecurityHeaders)
-    app.add_exception_handler(ApiError, _api_error)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _server_error)
-
-    @app.post("/v1/images/generations")
-    async def generations(request: Request) -> JSONResponse:
-        asked = wire.parse(await read_body(request, wire.MAX_BODY_BYTES), limits)
-        commission = wire.commission(asked, limits)
-        outcome = await backend.paint(commission)
-        if isinstance(outcome, Busy):
-            wait = outcome.retry_after_s
-            message = f"{limits.max_waiting} requests are waiting already; try again in {wait} s"
-            raise ApiError(429, message, code="queue_full", kind="rate_limit_error", retry_after_s=wait)
-        if isinstance(outcome, Failed) and outcome.retry:
-            raise _unavailable(outcome.message)
-        if isinstance(outcome, Failed):
-            raise ApiError(500, outcome.message, code="generation_failed", kind="server_error")
-        return JSONResponse(_answer(commission, outcome, as_url=asked.response_format == "url"))
-
-    @app.get("/v1/models")
-    async def models() -> JSONResponse:
-        model = {"id": await _checkpoint(backend), "object": "model", "created": 0, "owned_by": "momalisa"}
-        return JSONResponse({"object": "list", "data": [model]})
-
-    @app.get("/healthz")
-    async def healthz() -> JSONResponse:
-        return JSONResponse({"status": "ok", "checkpoint": await _checkpoint(backend)})
-
-    for path, name in PAGE_FILES.items():
-        app.add_api_route(path, _page(name), methods=["GET", "HEAD"], include_in_schema=False)
+    app.add_middleware(RequestLog, meters=service.meters)
+    for kind, handler in ((ApiError, _api_error), (HTTPException, _http_error), (ClientLeft, _left), (Exception, _server_error)):
+        app.add_exception_handler(kind, handler)
+    _paint_routes(app, service)
+    _job_routes(app, service)
+    _other_routes(app, service)
     return app
 
 
-def _answer(commission: Commission, painted: Painted, as_url: bool) -> dict[str, Any]:
-    data = []
-    for png, seed in zip(painted.pngs, commission.seeds, strict=True):
-        encoded = base64.b64encode(png).decode("ascii")
-        picture = {"url": f"data:image/png;base64,{encoded}"} if as_url else {"b64_json": encoded}
-        data.append({**picture, "revised_prompt": commission.prompt, "seed": seed})
-    return {
-        "created": int(time.time()),
-        "model": painted.checkpoint,
-        "size": f"{commission.size_px}x{commission.size_px}",
-        "output_format": "png",
-        "data": data,
-    }
+def _paint_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/images/generations")
+    async def generations(request: Request) -> Response:
+        return await service.images(request, edit=False)
+
+    @app.post("/v1/images/edits")
+    async def edits(request: Request) -> Response:
+        return await service.images(request, edit=True)
 
 
-async def _checkpoint(backend: Backend) -> str:
-    try:
-        return await backend.checkpoint()
-    except Unavailable as error:
-        raise _unavailable(str(error)) from None
+def _job_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/jobs")
+    async def start(request: Request) -> Response:
+        edit = request.headers.get("Content-Type", "").lower().startswith("multipart/")
+        commission, _ = await service.commission(request, edit)
+        job = await service.jobs.start(commission)
+        return JSONResponse(job.body(), 202, {"Location": f"/v1/jobs/{job.id}"})
+
+    @app.get("/v1/jobs/{id_}")
+    async def show(request: Request, id_: str) -> Response:
+        return JSONResponse(service.jobs.get(id_, service.caller(request, "generate").id).body())
+
+    @app.delete("/v1/jobs/{id_}")
+    async def cancel(request: Request, id_: str) -> Response:
+        job = service.jobs.get(id_, service.caller(request, "generate").id)
+        service.jobs.cancel(job)
+        return JSONResponse(job.body())
+
+    @app.get("/v1/jobs/{id_}/events")
+    async def events(request: Request, id_: str) -> Response:
+        job = service.jobs.get(id_, service.caller(request, "generate").id)
+        return EventStream(_streamed(job.follow(), job.commission), service.limits.stall_s)
 
 
-def _unavailable(message: str) -> ApiError:
-    return ApiError(503, message, code="unavailable", kind="server_error", retry_after_s=RETRY_AFTER_S)
+def _other_routes(app: FastAPI, service: Service) -> None:
+    openapi = document(service.limits, closed=bool(service.limits.keys))
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> Response:
+        service.caller(request, "generate")
+        model = {"id": (await service.state()).checkpoint, "object": "model", "created": 0, "owned_by": "momalisa"}
+        return JSONResponse({"object": "list", "data": [model]})
+
+    @app.get("/healthz")
+    async def healthz() -> Response:
+        state = await service.state()
+        shown = {"checkpoint": state.checkpoint, "trial": state.trial or None, "problem": state.problem or None}
+        return JSONResponse({"status": "ok", **shown})
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        service.caller(request, "metrics")
+        service.meters.jobs.set(len(service.jobs))
+        try:
+            texts = await service.backend.metrics()
+        except Unavailable as error:
+            raise answers.failure(Failed(str(error), retry=True)) from None
+        return Response(gathered(service.meters, texts), media_type="text/plain")
+
+    @app.get("/openapi.json")
+    async def openapi_json() -> Response:
+        return JSONResponse(openapi)
+
+    for path, name in PAGE_FILES.items():
+        app.add_api_route(path, _page(name), methods=["GET", "HEAD"], include_in_schema=False)
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -111,7 +222,7 @@ async def read_body(request: Request, limit: int) -> bytes:
         async for chunk in request.stream():
             body += chunk
             if len(body) > limit:
-                raise ApiError(413, f"the body is longer than {limit} bytes; a prompt needs far less", code="body_too_large")
+                raise ApiError(413, f"the body is longer than {limit} bytes", code="body_too_large")
     except ClientDisconnect:
         raise ApiError(400, "the body ended early") from None
     return bytes(body)
@@ -126,14 +237,17 @@ def _page(name: str) -> Any:
 
 async def _api_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
-    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
-    return JSONResponse(error.body(), error.status, headers)
+    return JSONResponse(error.body(), error.status, error.headers())
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     message = f"{request.method} here: {error.detail}; pictures are made by POST /v1/images/generations"
     return JSONResponse(ApiError(error.status_code, message).body(), error.status_code, error.headers)
+
+
+async def _left(_: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it; the log does
 
 
 async def _server_error(_: Request, error: Exception) -> JSONResponse:

@@ -8,6 +8,7 @@ This file keeps annotations as classes (no `from __future__ import annotations`)
 
 import asyncio
 import os
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from momalisa import config
-from serve.api import RETRY_AFTER_S, create_app
-from serve.work import Busy, Commission, Failed, Outcome, Unavailable
+from serve.answers import RETRY_AFTER_S
+from serve.api import create_app
+from serve.work import Busy, Commission, Event, Failed, State, Unavailable
 
 ANSWER_WITHIN_S = 5.0
 HOME = "MOMALISA_HOME"
@@ -35,7 +37,8 @@ class ServeArgs(BaseModel):
     overrides: list[str] = []
     """Settings on top, as on a command line: `--root=/data/moma`, `--serve.steps=30`."""
     release: str = ""
-    """Any text. `serve deploy` looks at refs/best again only when something in `args` has changed: change this."""
+    """Any text. `serve deploy` starts replicas anew only when something in `args` has changed. With `serve.watch_s` above 0
+    they find a new refs/best by themselves."""
 
 
 class ReplicasBackend:
@@ -44,20 +47,32 @@ class ReplicasBackend:
     def __init__(self, generator: DeploymentHandle[Any]) -> None:
         self._generator = generator
 
-    async def paint(self, commission: Commission) -> Outcome:
+    async def paint(self, commission: Commission) -> AsyncGenerator[Event, None]:
+        """Closing it cancels the replica's work."""
+        events: Any = self._generator.options(stream=True).paint.remote(commission)
         try:
-            outcome: Outcome = await self._generator.paint.remote(commission)
+            async for event in events:
+                yield event
         except BackPressureError:
-            return Busy(RETRY_AFTER_S)
+            yield Busy(RETRY_AFTER_S, "every generator's line is full")
         except (RayError, RayServeException):
-            return Failed("the generator was lost while it painted; try again", retry=True)
-        return outcome
+            yield Failed("the generator was lost while it painted; try again", retry=True)
+        finally:
+            events.cancel()
 
-    async def checkpoint(self) -> str:
+    async def state(self) -> State:
         try:
-            return str(await asyncio.wait_for(self._generator.checkpoint.remote(), ANSWER_WITHIN_S))
+            state: State = await asyncio.wait_for(self._generator.state.remote(), ANSWER_WITHIN_S)
         except (TimeoutError, RayError, RayServeException) as error:
             raise Unavailable(f"no generator answered within {ANSWER_WITHIN_S:.0f} s; it may be starting") from error
+        return state
+
+    async def metrics(self) -> list[tuple[str, str]]:
+        try:
+            texts = await self._generator.broadcast("metrics").results_async(timeout_s=ANSWER_WITHIN_S)
+        except (TimeoutError, RayError, RayServeException) as error:
+            raise Unavailable(f"not every generator answered within {ANSWER_WITHIN_S:.0f} s") from error
+        return [one for replica in texts for one in replica]
 
 
 @ray_serve.ingress()
@@ -76,27 +91,28 @@ def load_settings(args: ServeArgs) -> config.Settings:
     home = Path(os.environ.get(HOME) or Path(__file__).resolve().parents[1])
     settings = config.from_file(str(home / args.config), args.overrides)
     root = settings.root if "://" in settings.root else str(home / settings.root)
-    return settings.model_copy(update={"root": root})
+    files = {name: str(home / path) for name in ("keys", "forbidden_words") if (path := getattr(settings.serve, name))}
+    return settings.model_copy(update={"root": root, "serve": settings.serve.model_copy(update=files)})
 
 
 def build(args: ServeArgs) -> ray_serve.Application:
-    """Every replica serves what refs/best names now. Raises ConfigError or NoCheckpoint."""
+    """Every replica serves what refs/best names. Raises ConfigError or NoCheckpoint."""
     from momalisa.checkpoint import read_best
     from momalisa.storage import Store
     from serve.replica import Generator
 
     settings = load_settings(args)
-    best = read_best(Store(settings.root))
+    read_best(Store(settings.root))  # nothing promoted is the deployment's failure, not the replicas'
     limits = settings.serve
     generator = ray_serve.deployment(
         name="Generator",
         # The line is the replica's own: Serve hands over more than it can hold, and the replica says when it is full.
-        max_ongoing_requests=limits.max_waiting + 2 * limits.max_batch,
-        max_queued_requests=limits.max_waiting,
+        max_ongoing_requests=limits.max_waiting_rows + 2 * limits.max_rows,
+        max_queued_requests=limits.max_waiting_rows,
         ray_actor_options={"num_cpus": 0.5},
     )(Generator)
     http = ray_serve.deployment(
         name="Http", max_ongoing_requests=1000, max_queued_requests=1000, ray_actor_options={"num_cpus": 0.1}
     )(Http)
-    application: ray_serve.Application = http.bind(generator.bind(settings, best.path), limits)
+    application: ray_serve.Application = http.bind(generator.bind(settings), limits)
     return application

@@ -1,22 +1,25 @@
-"""The generator: the promoted checkpoint on one accelerator (or a few CPU cores), and the line in front of it."""
+"""The generator: the promoted checkpoint on one accelerator (or a few CPU cores), the line in front of it, the watch."""
 
 from __future__ import annotations
 
-import io
 import logging
 import time
-from collections.abc import Sequence
-from typing import Any
+import uuid
+from collections.abc import AsyncGenerator
+from dataclasses import replace
 
 import torch
-from PIL import Image, PngImagePlugin
 
 from momalisa import checkpoint
 from momalisa.config import Settings
 from momalisa.engine import Engine, Request
 from momalisa.storage import Store
-from serve.batcher import Batcher
-from serve.work import Commission, Outcome, Painted
+from serve import checks
+from serve.easel import Easel
+from serve.meters import Meters
+from serve.studio import Studio
+from serve.watch import Watch
+from serve.work import Commission, Event, State
 
 logger = logging.getLogger(__name__)
 
@@ -24,76 +27,60 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 class Generator:
-    """Exists only when it can paint: weights verified against their manifest, one picture made to warm up."""
+    """Exists only when it can paint: weights verified against their manifest, pictures made to warm up."""
 
-    def __init__(self, settings: Settings, path: str) -> None:
-        """`path` is a checkpoint's, below the root. Raises NoCheckpoint, or ValueError for a file that was changed."""
-        started = time.monotonic()
-        store = Store(settings.root)
-        published = checkpoint.read(store, path)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = PRECISIONS[settings.serve.precision]
-        unet = checkpoint.load_unet(store, published, dtype if device == "cuda" else torch.float32)
-        self._id = published.id
-        self._max_batch = settings.serve.max_batch
-        self._engine = Engine.load(published.diffusion, unet, device, dtype)
-        self._engine.generate([Request("", steps=1, size_px=settings.serve.size_px)])
-        self._batcher = Batcher(self._paint, settings.serve.max_batch, settings.serve.max_waiting)
-        logger.info("%s is ready on %s after %.1f s", self._id, device, time.monotonic() - started)
+    def __init__(self, settings: Settings, path: str | None = None) -> None:
+        """`path` is a checkpoint's, below the root; None: refs/best.
 
-    async def paint(self, commission: Commission) -> Outcome:
-        """Wait in line, then paint. Does not raise."""
-        return await self._batcher.submit(commission)
+        Raises NoCheckpoint, or ValueError for a file that was changed.
+        """
+        self._settings, self._store = settings, Store(settings.root)
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        path = path or checkpoint.read_best(self._store).path
+        self.meters = Meters()
+        self._name = uuid.uuid4().hex[:8]
+        self._studio = Studio(self._load(path), settings.serve, self.meters)
+        every_s = settings.serve.watch_s
+        self._watch = Watch(self._store, path, self._load, self._studio, every_s) if every_s else None
 
-    async def checkpoint(self) -> str:
-        """The id of what is served; answers while painting too."""
-        return self._id
+    async def paint(self, commission: Commission) -> AsyncGenerator[Event, None]:
+        """Events up to an outcome; closing it frees the rows. Does not raise."""
+        async for event in self._studio.paint(commission):
+            yield event
+
+    async def state(self) -> State:
+        """What is served; answers while painting too."""
+        return replace(self._studio.state(), problem=self._watch.problem if self._watch else "")
+
+    async def metrics(self) -> list[tuple[str, str]]:
+        """[(name of this process, Prometheus text)]."""
+        self.meters.rejected.set(bool(self._watch and self._watch.problem))
+        return [(self._name, self.meters.text())]
+
+    def check_health(self) -> None:
+        """Serve's health check. Raises where nothing can be painted any more: the replica is then replaced."""
+        self._studio.state()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve's autoscaling: what `serve.scaling` decides by."""
+        return self._studio.load()
 
     def close(self) -> None:
-        """End the painting thread."""
-        self._batcher.close()
+        """Finish what was accepted, then end the threads."""
+        if self._watch:
+            self._watch.close()
+        self._studio.close()
 
-    def _paint(self, commissions: Sequence[Commission]) -> list[Outcome]:
-        """In the painting thread. Raises what the engine raises."""
-        requests = [request for commission in commissions for request in requests_of(commission)]
-        pngs: list[bytes] = []
-        for start in range(0, len(requests), self._max_batch):
-            part = requests[start : start + self._max_batch]
-            pictures = self._engine.generate(part)
-            pngs += [to_png(picture, request, self._id) for picture, request in zip(pictures, part, strict=True)]
-        remaining = iter(pngs)
-        return [Painted(tuple(next(remaining) for _ in commission.seeds), self._id) for commission in commissions]
-
-
-def requests_of(commission: Commission) -> list[Request]:
-    """One request a seed."""
-    return [
-        Request(
-            prompt=commission.prompt,
-            seed=seed,
-            steps=commission.steps,
-            guidance_scale=commission.guidance_scale,
-            negative_prompt=commission.negative_prompt,
-            size_px=commission.size_px,
-        )
-        for seed in commission.seeds
-    ]
-
-
-def to_png(picture: Image.Image, request: Request, checkpoint_id: str) -> bytes:
-    """A PNG file that says how it was made, in text chunks."""
-    fields: dict[str, Any] = {
-        "prompt": request.prompt,
-        "seed": request.seed,
-        "steps": request.steps,
-        "guidance_scale": request.guidance_scale,
-        "checkpoint": checkpoint_id,
-    }
-    if request.negative_prompt:
-        fields["negative_prompt"] = request.negative_prompt
-    info = PngImagePlugin.PngInfo()
-    for name, value in fields.items():
-        info.add_itxt(name, str(value))
-    sink = io.BytesIO()
-    picture.save(sink, "PNG", pnginfo=info)
-    return sink.getvalue()
+    def _load(self, path: str) -> Easel:
+        """Verified and warm. Raises NoCheckpoint, ValueError, or GenerationError for weights that paint nothing."""
+        started, serve = time.monotonic(), self._settings.serve
+        published = checkpoint.read(self._store, path)
+        dtype = PRECISIONS[serve.precision]
+        unet = checkpoint.load_unet(self._store, published, dtype if self._device == "cuda" else torch.float32)
+        engine = Engine.load(published.diffusion, unet, self._device, dtype, serve.max_rows, self._store)
+        if serve.compile:
+            engine.compile([serve.size_px], serve.compile_cache or None)
+        engine.generate([Request("", steps=1, size_px=serve.size_px, guidance_scale=scale) for scale in (1.0, 7.5)])
+        check = checks.picture_check(serve, published.diffusion, self._device)
+        logger.info("%s is ready on %s after %.1f s", published.id, self._device, time.monotonic() - started)
+        return Easel(engine, published.id, check)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from momalisa.config.section import Positive, Section
+from momalisa.config.section import Fraction, Positive, Section
 
 
 class Serve(Section):
@@ -20,7 +20,54 @@ class Serve(Section):
     prompt_prefix: str = "A MOMA artwork of: "
     """Put before what a visitor types, unless it is there already."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    max_batch: Positive = 8
-    """Pictures generated together by one replica."""
-    max_waiting: Positive = 64
-    """Requests that may wait in line; the next gets a 429."""
+
+    compile: bool = False
+    """Compile the UNet for pictures of size_px before the first request: minutes, or seconds from compile_cache."""
+    compile_cache: str = ""
+    """A folder on the node that keeps compiled kernels."""
+
+    max_rows: int = Field(default=16, ge=2)
+    """Rows of the UNet's batch on one replica: a guided picture is two, one without guidance is one."""
+    max_waiting_rows: Positive = 128
+    """Rows that may wait in a replica's line; who would make it longer gets a 429."""
+    max_waiting_rows_per_key: Positive = 64
+    """Rows that one API key may have in a replica's line, so that one guest cannot fill it."""
+    deadline_s: float = Field(default=300, gt=0)
+    """A request that is not painted after this long is given up; one that could not be is not accepted."""
+    stall_s: float = Field(default=30, gt=0)
+    """A client that takes nothing of its stream for this long has left."""
+
+    keys: str = ""
+    """The file of API keys that `python -m serve.keys` writes; empty: who reaches the port may paint."""
+    cors_origins: tuple[str, ...] = ()
+    """Web pages of these origins may call the API, such as https://museum.example."""
+    max_upload_bytes: Positive = 8_000_000
+    max_upload_pixels: Positive = 16_000_000
+    forbidden_words: str = ""
+    """A file with a word or phrase a line: prompts that hold one are refused as content_filtered."""
+    prompt_check: str = ""
+    """`module:function` (prompt -> reason or None), asked about every prompt."""
+    picture_check: str = "auto"
+    """`auto`: Stable Diffusion's safety checker if the base model has one; `off`; or `module:function` (picture -> reason or
+    None)."""
+
+    watch_s: float = Field(default=10, ge=0)
+    """How often replicas look at refs/best; 0: only when they start."""
+    canary_share: Fraction = 0.05
+    """Of the requests, how many a newly promoted checkpoint gets while it is on trial."""
+    canary_s: float = Field(default=60, ge=0)
+    """How long the trial is; 0: a checkpoint that has loaded and warmed up is served at once."""
+
+    max_jobs: Positive = 256
+    job_keep_s: float = Field(default=900, gt=0)
+    """How long the pictures of a finished job can be fetched."""
+
+    @model_validator(mode="after")
+    def _one_request_fits(self) -> Serve:
+        most = min(self.max_waiting_rows, self.max_waiting_rows_per_key)
+        if 2 * self.max_pictures_per_request > most:
+            raise ValueError(
+                f"max_pictures_per_request={self.max_pictures_per_request} guided pictures are twice as many rows, and only "
+                f"{most} may wait; try max_waiting_rows and max_waiting_rows_per_key of {2 * self.max_pictures_per_request}"
+            )
+        return self

@@ -7,9 +7,13 @@ let painting = false;
 let usualMs = 6000; // how long the last picture took
 let pictureUrl = "";
 let shownPrompt = "";
+let shown = null; // the picture on the wall, as a PNG
+const progress = { done: 0, place: null };
 
 const KIND_WORDS = {
   429: "Many visitors are painting at the moment. Please try again in a little while.",
+  401: "This studio is for its own visitors: open it with the address that the museum gave you.",
+  403: "This studio is for its own visitors: open it with the address that the museum gave you.",
   502: "The studio is not open yet. Please try again in a minute.",
   503: "The studio is not open yet. Please try again in a minute.",
 };
@@ -25,8 +29,15 @@ for (const idea of document.querySelectorAll(".ideas button")) {
   });
 }
 $("another").addEventListener("click", () => paint(shownPrompt));
+$("like").addEventListener("click", () => paint(shownPrompt, shown));
+$("own").addEventListener("change", () => {
+  const file = $("own").files[0];
+  $("own").value = "";
+  if (file) paint(prompt.value, file);
+});
 
-async function paint(words) {
+// `like`: a picture to begin from, this one or the visitor's own.
+async function paint(words, like = null) {
   if (painting) return;
   if (!words.trim()) {
     complain("Please say what the artwork should show: a few words are enough.", true);
@@ -36,7 +47,7 @@ async function paint(words) {
   const started = performance.now();
   const stopClock = begin(started);
   try {
-    const made = await ask(words);
+    const made = await ask(words, like, preview, (place) => (progress.place = place));
     usualMs = performance.now() - started;
     await show(words, made);
     stopClock("done");
@@ -46,29 +57,91 @@ async function paint(words) {
   }
 }
 
-async function ask(words) {
+// A kiosk's key comes behind the address' #key=..., which no server ever sees, and stays in this tab.
+const fragment = new URLSearchParams(location.hash.slice(1)).get("key");
+if (fragment) {
+  sessionStorage.setItem("key", fragment);
+  history.replaceState(null, "", location.pathname + location.search);
+}
+
+function headers(more) {
+  const key = sessionStorage.getItem("key");
+  return key ? { ...more, Authorization: `Bearer ${key}` } : more;
+}
+
+// Asks for words, or for words and a picture to begin from; resolves to the last event of the stream.
+async function ask(words, like, onPreview, onPlace) {
+  const body = new FormData();
+  const fields = { prompt: words, stream: true, partial_images: 3 };
+  for (const [name, value] of Object.entries(fields)) body.append(name, value);
+  if (like) body.append("image", like, "picture.png");
   let response;
   try {
-    response = await fetch("v1/images/generations", {
+    response = await fetch(like ? "v1/images/edits" : "v1/images/generations", {
       method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ prompt: words }),
+      headers: like ? headers({}) : headers({ "Content-Type": "application/json" }),
+      body: like ? body : JSON.stringify(fields),
     });
   } catch {
     throw new Error("The studio does not answer. Please check the connection and try again.");
   }
-  const answer = await response.json().catch(() => ({}));
-  if (response.ok && answer.data?.[0]?.b64_json) return answer;
-  const problem = new Error(KIND_WORDS[response.status] ?? answer.error?.message ?? "Something went wrong. Please try again.");
-  problem.isAboutThePrompt = answer.error?.param === "prompt";
-  throw problem;
+  if (!response.ok) throw problem(response.status, await response.json().catch(() => ({})));
+  let made = null;
+  await eachEvent(response.body, (name, data) => {
+    if (name === "place") onPlace(data);
+    else if (name.endsWith(".partial_image")) onPreview(data);
+    else if (name.endsWith(".completed")) made = data;
+    else if (name === "error") throw problem(0, data);
+  });
+  if (!made) throw new Error("The studio stopped in the middle of your picture. Please try again.");
+  return made;
 }
 
-async function show(words, answer) {
-  const made = answer.data[0];
-  const bytes = Uint8Array.from(atob(made.b64_json), (letter) => letter.charCodeAt(0));
+function problem(status, answer) {
+  const error = new Error(KIND_WORDS[status] ?? answer.error?.message ?? "Something went wrong. Please try again.");
+  error.isAboutThePrompt = answer.error?.param === "prompt";
+  return error;
+}
+
+// Server-sent events, one by one; a comment is a place in line.
+async function eachEvent(stream, handle) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { done, value } = await reader.read().catch(() => ({ done: true }));
+    if (done) return;
+    text += value;
+    for (let end = text.indexOf("\n\n"); end >= 0; end = text.indexOf("\n\n")) {
+      const lines = text.slice(0, end).split("\n");
+      text = text.slice(end + 2);
+      const comment = lines.find((line) => line.startsWith(": {"));
+      const name = lines.find((line) => line.startsWith("event: "))?.slice(7);
+      const data = lines.find((line) => line.startsWith("data: "))?.slice(6);
+      if (comment) handle("place", JSON.parse(comment.slice(2)));
+      else if (name && data) handle(name, JSON.parse(data));
+    }
+  }
+}
+
+function asPng(base64) {
+  return new Blob([Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0))], { type: "image/png" });
+}
+
+async function preview(data) {
+  const address = URL.createObjectURL(asPng(data.b64_json));
+  const image = $("preview");
+  image.src = address;
+  await image.decode().catch(() => {});
+  URL.revokeObjectURL(address);
+  if (!painting) return;
+  image.hidden = false;
+  progress.done = data.step / data.steps;
+}
+
+async function show(words, made) {
   URL.revokeObjectURL(pictureUrl);
-  pictureUrl = URL.createObjectURL(new Blob([bytes], { type: "image/png" }));
+  shown = asPng(made.b64_json);
+  pictureUrl = URL.createObjectURL(shown);
   picture.src = pictureUrl;
   picture.alt = `Generated artwork: ${words}`;
   await picture.decode();
@@ -78,7 +151,7 @@ async function show(words, answer) {
   $("title").title = made.revised_prompt;
   $("medium").textContent = `Latent diffusion, ${picture.naturalWidth} × ${picture.naturalHeight} pixels, ${new Date().getFullYear()}`;
   $("seed").textContent = made.seed;
-  $("checkpoint").textContent = answer.model;
+  $("checkpoint").textContent = made.checkpoint;
   $("download").href = pictureUrl;
   $("download").download = `${fileName(words)}-${made.seed}.png`;
   $("label").hidden = false;
@@ -96,12 +169,14 @@ function begin(started) {
   $("status").textContent = "Painting";
   const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
   canvas.scrollIntoView({ block: "nearest", behavior: still ? "auto" : "smooth" });
+  Object.assign(progress, { done: 0, place: null });
   const tick = () => {
     const passedMs = performance.now() - started;
-    const done = 1 - Math.exp((-1.6 * passedMs) / usualMs); // an estimate: quick at first, never quite full
+    const guess = 1 - Math.exp((-1.6 * passedMs) / usualMs); // an estimate: quick at first, never quite full
+    const done = Math.max(progress.done, progress.place?.position > 0 ? 0 : guess);
     $("bar").style.setProperty("--done", done.toFixed(3));
     $("bar").setAttribute("aria-valuenow", Math.round(done * 100));
-    $("elapsed").textContent = `Painting … ${Math.floor(passedMs / 1000)} s`;
+    $("elapsed").textContent = inWords(passedMs);
   };
   tick();
   const clock = setInterval(tick, 250);
@@ -109,14 +184,23 @@ function begin(started) {
     clearInterval(clock);
     setBusy(false);
     $("waiting").hidden = true;
+    $("preview").hidden = true;
     canvas.dataset.state = state;
     $("status").textContent = state === "done" ? "Your artwork is ready" : "";
   };
 }
 
+function inWords(passedMs) {
+  const place = progress.place;
+  if (!place?.position) return `Painting … ${Math.floor(passedMs / 1000)} s`;
+  const soon = `about ${Math.max(1, Math.round(place.eta_s))} s`;
+  return place.position === 1 ? `You are next: ${soon}` : `${place.position - 1} before you: ${soon}`;
+}
+
 function setBusy(busy) {
   painting = busy;
   for (const button of document.querySelectorAll("button")) button.setAttribute("aria-disabled", String(busy));
+  $("own").disabled = busy;
 }
 
 function complain(message, aboutThePrompt = false) {

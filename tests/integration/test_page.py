@@ -21,7 +21,7 @@ from momalisa.config import Settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.integration]
 
-LIMITS = config.Serve(size_px=64, steps=2, max_prompt_chars=200)
+LIMITS = config.Serve(size_px=64, steps=4, max_prompt_chars=200, watch_s=0)
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -41,7 +41,7 @@ def server(promoted_root: Path) -> Iterator[str]:
     from serve.replica import Generator
 
     settings = Settings.model_construct(**{**dict(Settings.model_construct()), "root": str(promoted_root), "serve": LIMITS})
-    generator = Generator(settings, "checkpoints/tiny/64")
+    generator = Generator(settings)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         uvicorn_server = uvicorn.Server(uvicorn.Config(create_app(generator, LIMITS), log_level="warning"))
@@ -92,6 +92,50 @@ def test_words_become_a_picture_that_can_be_kept(page: Any, tmp_path: Path) -> N
     page.click("#another")
     page.locator("#seed").filter(has_not_text=seed).wait_for(timeout=30_000)  # the page's policy forbids wait_for_function
     assert page.inner_text("#title") == "a red boat on a blue sea"
+
+
+def test_previews_come_while_it_paints(page: Any) -> None:
+    page.evaluate(
+        """() => {
+            window.seen = [];
+            new MutationObserver(() => { if (!document.getElementById("preview").hidden) window.seen.push(1); })
+                .observe(document.getElementById("preview"), { attributes: true });
+        }"""
+    )
+    page.fill("#prompt", "a red boat")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#canvas[data-state=done]", timeout=30_000)
+    assert page.evaluate("window.seen.length") > 0
+    assert page.is_hidden("#preview")
+
+
+def test_more_like_this_and_a_picture_of_ones_own(page: Any, tmp_path: Path) -> None:
+    from PIL import Image
+
+    page.fill("#prompt", "a red boat")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#canvas[data-state=done]", timeout=30_000)
+    seed = page.inner_text("#seed")
+    with page.expect_request("**/v1/images/edits"):
+        page.click("#like")
+    page.locator("#seed").filter(has_not_text=seed).wait_for(timeout=30_000)
+    seed = page.inner_text("#seed")
+    Image.new("RGB", (300, 200), "blue").save(tmp_path / "own.jpg")
+    with page.expect_request("**/v1/images/edits"):
+        page.set_input_files("#own", str(tmp_path / "own.jpg"))
+    page.locator("#seed").filter(has_not_text=seed).wait_for(timeout=30_000)
+    assert page.inner_text("#problem") == ""
+
+
+def test_a_kiosks_key_travels_in_the_fragment_and_is_not_left_there(browser: Any, server: str) -> None:
+    kiosk = browser.new_page()
+    kiosk.goto(f"{server}#key=moma_secret")
+    assert "secret" not in kiosk.url
+    kiosk.fill("#prompt", "a boat")
+    with kiosk.expect_request("**/v1/images/generations") as asked:
+        kiosk.keyboard.press("Enter")
+    assert asked.value.headers["authorization"] == "Bearer moma_secret"
+    kiosk.close()
 
 
 def test_an_idea_is_one_click(page: Any) -> None:

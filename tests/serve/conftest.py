@@ -13,7 +13,9 @@ from momalisa.config import Settings
 from serve.api import create_app
 from serve.replica import Generator
 
-LIMITS = config.Serve(size_px=64, steps=1, guidance_scale=1.0, max_pictures_per_request=3, max_prompt_chars=200, max_waiting=4)
+LIMITS = config.Serve(
+    size_px=64, steps=1, guidance_scale=1.0, max_pictures_per_request=3, max_prompt_chars=200, max_waiting_rows=16, watch_s=0
+)
 
 
 @pytest.fixture(scope="session")
@@ -23,13 +25,14 @@ def settings(promoted_root: Path) -> Settings:
 
 @pytest.fixture(scope="session")
 def generator(settings: Settings) -> Iterator[Generator]:
-    made = Generator(settings, "checkpoints/tiny/64")
+    made = Generator(settings)
     yield made
     made.close()
 
 
 @pytest.fixture
 async def client(generator: Generator) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(create_app(generator, LIMITS))
+    """Its errors are answers, as they are over a socket."""
+    transport = httpx.ASGITransport(create_app(generator, LIMITS), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://museum") as made:
         yield made

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx
@@ -18,10 +19,10 @@ from PIL import Image
 from momalisa import config
 from serve.api import HEADERS, create_app
 from serve.replica import Generator
-from serve.work import Busy, Commission, Failed, Outcome, Painted, Unavailable
+from serve.work import Busy, Commission, Event, Failed, Outcome, Painted, Picture, State, Unavailable
 
 PATH = "/v1/images/generations"
-LIMITS = config.Serve(size_px=64, steps=1, guidance_scale=1.0, max_pictures_per_request=3, max_prompt_chars=200, max_waiting=4)
+LIMITS = config.Serve(size_px=64, steps=1, guidance_scale=1.0, max_pictures_per_request=3, max_prompt_chars=200)
 
 
 def picture_of(entry: dict[str, Any]) -> Image.Image:
@@ -37,14 +38,20 @@ class FakeBackend:
         self.outcome = outcome
         self.asked: list[Commission] = []
 
-    async def paint(self, commission: Commission) -> Outcome:
+    async def paint(self, commission: Commission) -> AsyncGenerator[Event, None]:
         self.asked.append(commission)
-        return self.outcome or Painted(tuple(b"png" for _ in commission.seeds), "fake-1")
-
-    async def checkpoint(self) -> str:
         if self.outcome is None:
-            return "fake-1"
+            for index in range(len(commission.seeds)):
+                yield Picture(index, b"png", "fake-1")
+        yield self.outcome or Painted("fake-1")
+
+    async def state(self) -> State:
+        if self.outcome is None:
+            return State("fake-1")
         raise Unavailable("no generator answered within 5 s; it may be starting")
+
+    async def metrics(self) -> list[tuple[str, str]]:
+        return []
 
 
 def client_of(backend: FakeBackend) -> httpx.AsyncClient:
@@ -65,6 +72,8 @@ async def test_a_picture_and_how_it_was_made(client: httpx.AsyncClient) -> None:
         "seed": "5",
         "steps": "2",
         "guidance_scale": "2.5",
+        "sampler": "dpmpp_2m",
+        "size_px": "64",
         "checkpoint": "tiny-64",
     }
 
@@ -124,7 +133,7 @@ async def test_defaults_and_null_are_the_same() -> None:
     async with client_of(backend) as client:
         for body in ({"prompt": "x", "seed": 0}, {"prompt": "x", "seed": 0, **nulls}):
             assert (await client.post(PATH, json=body)).status_code == 200
-    assert backend.asked[0] == backend.asked[1] == Commission("A MOMA artwork of: x", (0,), 1, 1.0, 64)
+    assert backend.asked[0] == backend.asked[1] == Commission("A MOMA artwork of: x", (0,), 1, 1.0, 64, key="127.0.0.1")
 
 
 WRONG_FIELDS = [
@@ -138,8 +147,8 @@ WRONG_FIELDS = [
     ({"prompt": "\ud800"}, "prompt", 'got "\\ud800"'),
     ({"prompt": "x", "negative_prompt": "\udfff"}, "negative_prompt", "must be text"),
     ({"prompt": "x", "negative_prompt": "y" * 201}, "negative_prompt", "negative_prompt has 201 characters"),
-    ({"prompt": "x", "n": 0}, "n", "n must be a whole number from 1 to 3; got 0"),
-    ({"prompt": "x", "n": 4}, "n", "n must be a whole number from 1 to 3; got 4"),
+    ({"prompt": "x", "n": 0}, "n", "n must be a whole number from 1 to 3, and 1 for a stream; got 0"),
+    ({"prompt": "x", "n": 4}, "n", "n must be a whole number from 1 to 3, and 1 for a stream; got 4"),
     ({"prompt": "x", "n": True}, "n", "got true"),
     ({"prompt": "x", "n": 1.0}, "n", "got 1.0"),
     ({"prompt": "x", "size": "1024x1024"}, "size", "size must be one of auto, 64x64, 48x48, 32x32"),
@@ -153,7 +162,13 @@ WRONG_FIELDS = [
     ({"prompt": "x", "seed": -1}, "seed", "got -1"),
     ({"prompt": "x", "seed": 2**53}, "seed", "got 9007199254740992"),
     ({"prompt": "x", "model": 1}, "model", "model must be text"),
-    ({"prompt": "x", "stream": True}, "stream", "stream must be false"),
+    ({"prompt": "x", "stream": 1}, "stream", "stream must be true or false"),
+    ({"prompt": "x", "stream": True, "n": 2}, "n", "and 1 for a stream"),
+    ({"prompt": "x", "partial_images": 4}, "partial_images", "from 0 to 3; got 4"),
+    ({"prompt": "x", "sampler": "plms"}, "sampler", "sampler must be one of ddim, euler"),
+    ({"prompt": "x", "size": "60x60"}, "size", "size must be one of auto, 64x64, 48x48, 32x32"),
+    ({"prompt": "x", "adapter": "../secrets/1"}, "adapter", "adapter must be a LoRA's checkpoint"),
+    ({"prompt": "x", "deadline_s": 0}, "deadline_s", "above 0"),
     ({"prompt": "x", "output_format": "webp"}, "output_format", "output_format must be png"),
     ({"prompt": "x", "response_format": "jpeg"}, "response_format", "b64_json or url"),
 ]
@@ -203,7 +218,8 @@ async def test_failures_of_the_generator(retry: bool, status: int) -> None:
 
 
 async def test_health_and_models(client: httpx.AsyncClient) -> None:
-    assert (await client.get("/healthz")).json() == {"status": "ok", "checkpoint": "tiny-64"}
+    shown = {"status": "ok", "checkpoint": "tiny-64", "trial": None, "problem": None}
+    assert (await client.get("/healthz")).json() == shown
     assert [model["id"] for model in (await client.get("/v1/models")).json()["data"]] == ["tiny-64"]
 
 
@@ -241,7 +257,7 @@ BODIES = st.one_of(
 
 
 @given(body=BODIES)
-@hypothesis_settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@hypothesis_settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_no_body_makes_the_server_fail(body: bytes) -> None:
     async def post() -> httpx.Response:
         async with client_of(FakeBackend()) as client:
@@ -262,3 +278,10 @@ def test_any_text_is_painted(generator: Generator, prompt: str) -> None:
 
     entry = asyncio.run(post()).json()["data"][0]
     assert picture_of(entry).info["prompt"] == entry["revised_prompt"]
+
+
+async def test_an_adapter_that_is_not_there_is_the_callers_error(client: httpx.AsyncClient) -> None:
+    for name, message in (("nobody/64", "holds no complete checkpoint"), ("tiny/64", "is a whole model, not a LoRA")):
+        answer = await client.post(PATH, json={"prompt": "x", "adapter": name})
+        assert answer.status_code == 400
+        assert message in answer.json()["error"]["message"]

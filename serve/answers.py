@@ -1,0 +1,133 @@
+"""Events of a commission -> one JSON answer, or the server-sent events of OpenAI's streams.
+
+Place and ETA travel in comments, `: {"position": 2, "eta_s": 7.5}`: clients that do not know them pass them over.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import AsyncIterable, AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from serve.errors import ApiError
+from serve.work import Backend, Busy, Commission, Event, Failed, Outcome, Painted, Picture, Progress, Waiting
+
+RETRY_AFTER_S = 5  # while a generator starts
+FILTERED = "content_filtered"
+
+
+def encoded(png: bytes) -> str:
+    return base64.b64encode(png).decode("ascii")
+
+
+def failure(outcome: Busy | Failed) -> ApiError:
+    """What a visitor is told of an outcome that is no picture."""
+    if isinstance(outcome, Busy):
+        wait = outcome.retry_after_s
+        return ApiError(429, f"{outcome.message}; try again in {wait} s", None, "queue_full", "rate_limit_error", wait)
+    if outcome.wrong:
+        return ApiError(400, outcome.message, code="invalid_value")
+    if outcome.late:
+        return ApiError(408, outcome.message, "deadline_s", "deadline_exceeded", "timeout_error")
+    if outcome.retry:
+        return ApiError(503, outcome.message, code="unavailable", kind="server_error", retry_after_s=RETRY_AFTER_S)
+    return ApiError(500, outcome.message, code="generation_failed", kind="server_error")
+
+
+def filtered(reason: str, param: str | None = None) -> ApiError:
+    return ApiError(400, f"{reason}; please ask for something else", param, FILTERED)
+
+
+async def collect(backend: Backend, commission: Commission) -> tuple[list[Picture], Painted]:
+    """Wait for everything. Raises ApiError."""
+    pictures: dict[int, Picture] = {}
+    async with aclosing(backend.paint(commission)) as events:
+        async for event in events:
+            if isinstance(event, Picture):
+                pictures[event.index] = event
+            elif isinstance(event, Busy | Failed):
+                raise failure(event)
+            elif isinstance(event, Painted):
+                return [pictures[index] for index in sorted(pictures)], event
+    raise failure(Failed("the generator was lost while it painted; try again", retry=True))
+
+
+def body(commission: Commission, pictures: list[Picture], painted: Painted, as_url: bool = False) -> dict[str, Any]:
+    """Raises ApiError where every picture is withheld; one of several is an entry that says so."""
+    if all(picture.png is None for picture in pictures):
+        raise filtered(pictures[0].filtered)
+    answer = {
+        "created": int(time.time()),
+        "model": painted.checkpoint,
+        "size": f"{commission.size_px}x{commission.size_px}",
+        "output_format": "png",
+        "data": [_entry(commission, picture, as_url) for picture in pictures],
+    }
+    return answer | ({"trace": list(painted.ticks)} if commission.trace else {})
+
+
+def _entry(commission: Commission, picture: Picture, as_url: bool) -> dict[str, Any]:
+    about = {"revised_prompt": commission.prompt, "seed": commission.seeds[picture.index], "checkpoint": picture.checkpoint}
+    if picture.png is None:
+        return {**about, "finish_reason": FILTERED, "filtered": picture.filtered}
+    text = encoded(picture.png)
+    return ({"url": f"data:image/png;base64,{text}"} if as_url else {"b64_json": text}) | about
+
+
+async def stream(events: AsyncIterable[Event], commission: Commission) -> AsyncIterator[bytes]:
+    """Server-sent events: `image_generation.*`, or `image_edit.*` where a picture was sent."""
+    name = "image_generation" if commission.image is None else "image_edit"
+    shown = 0
+    async for event in events:
+        if isinstance(event, Waiting):
+            yield f": {json.dumps({'position': event.position, 'eta_s': event.eta_s})}\n\n".encode()
+        elif isinstance(event, Progress) and event.preview is not None:
+            fields = {"partial_image_index": shown, "step": event.done, "steps": event.total}
+            yield sent(f"{name}.partial_image", _shown(commission, event.preview, event.index) | fields)
+            shown += 1
+        elif isinstance(event, Picture) and event.png is not None:
+            more = {"checkpoint": event.checkpoint, "usage": _NO_TOKENS}
+            yield sent(f"{name}.completed", _shown(commission, event.png, event.index) | more)
+        elif isinstance(event, Picture):
+            yield failed(filtered(event.filtered))
+        elif isinstance(event, Busy | Failed):
+            yield failed(failure(event))
+        elif isinstance(event, Painted) and commission.trace:
+            yield f": {json.dumps({'trace': event.ticks})}\n\n".encode()
+
+
+_NO_TOKENS = {
+    "input_tokens": 0,
+    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+    "output_tokens": 0,
+    "total_tokens": 0,
+}
+
+
+def _shown(commission: Commission, png: bytes, index: int) -> dict[str, Any]:
+    return {
+        "b64_json": encoded(png),
+        "created_at": int(time.time()),
+        "size": f"{commission.size_px}x{commission.size_px}",
+        "quality": "auto",
+        "background": "opaque",
+        "output_format": "png",
+        "revised_prompt": commission.prompt,
+        "seed": commission.seeds[index],
+    }
+
+
+def sent(name: str, data: dict[str, Any]) -> bytes:
+    return f"event: {name}\ndata: {json.dumps({'type': name, **data})}\n\n".encode()
+
+
+def failed(error: ApiError) -> bytes:
+    """The stream's last event where no picture comes."""
+    return sent("error", error.body())
+
+
+def outcome_of(event: Event) -> Outcome | None:
+    return event if isinstance(event, Painted | Busy | Failed) else None

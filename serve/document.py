@@ -1,0 +1,144 @@
+"""The OpenAPI document of what this server really takes and gives: served at /openapi.json, tested against the server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from momalisa import config
+from serve import wire
+
+JSON = "application/json"
+EVENTS = [f"image_{what}.{state}" for what in ("generation", "edit") for state in ("partial_image", "completed")]
+EVENT = {
+    "type": "object",
+    "properties": {"event": {"enum": [*EVENTS, "error"]}, "data": {"type": "string", "contentMediaType": JSON}},
+    "required": ["event", "data"],
+}
+STREAM = {"text/event-stream": {"schema": EVENT}}
+JOB = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+DEBUG = {
+    "name": "debug",
+    "in": "query",
+    "required": False,
+    "schema": {"type": "string"},
+    "description": "trace: the answer tells every tick that the request took part in",
+}
+JOB_STATES = ["queued", "running", "completed", "failed", "cancelled"]
+
+
+def document(limits: config.Serve, closed: bool) -> dict[str, Any]:
+    """OpenAPI 3.1. `closed`: API keys are needed."""
+    files = {"image": _file("the picture"), "mask": _file("transparent where to paint again")}
+    edit = {"type": "object", "properties": _form_fields(limits) | files, "required": ["image", "prompt"]}
+    generation = {"type": "object", "properties": _fields(limits, wire.ImagesRequest), "required": ["prompt"]}
+    words, form = {JSON: {"schema": generation}}, {"multipart/form-data": {"schema": edit}}
+    pictures = _answer("pictures, or a stream of events where `stream` is true", "Images")
+    pictures["content"] |= STREAM
+    job, events = _answer("the job", "Job"), {"description": "events", "content": STREAM}
+    text = {"description": "metrics", "content": {"text/plain": {"schema": {"type": "string"}}}}
+    health = _operation("health", "Whether pictures can be painted", _answer("yes", "Health"), open_=True)
+    paths: dict[str, Any] = {
+        "/v1/images/generations": {"post": _painting("generate", "Paint from words", pictures, words, [DEBUG])},
+        "/v1/images/edits": {"post": _painting("edit", "Paint a picture again, or a part of it", pictures, form, [DEBUG])},
+        "/v1/models": {"get": _operation("models", "What paints", _answer("one model", "Models"))},
+        "/v1/jobs": {"post": _painting("start_job", "Paint later: JSON, or a form as for edits", job, words | form, [], "202")},
+        "/v1/jobs/{id}": {
+            "get": _operation("job", "A job, and its pictures when it is done", job, [JOB], {"404"}),
+            "delete": _operation("cancel_job", "End a job; twice is once", job, [JOB], {"404"}),
+        },
+        "/v1/jobs/{id}/events": {"get": _operation("job_events", "A job's events as a stream", events, [JOB], {"404"})},
+        "/healthz": {"get": health},
+        "/metrics": {"get": _operation("metrics", "Prometheus' text", text)},
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "MOMA Lisa", "version": "1", "description": "OpenAI's images API, with more to say."},
+        "paths": paths,
+        "components": {"schemas": _schemas(), "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+    } | ({"security": [{"key": []}]} if closed else {})
+
+
+def _operation(
+    id_: str,
+    summary: str,
+    answer: dict[str, Any],
+    parameters: list[dict[str, Any]] | None = None,
+    errors: set[str] | None = None,
+    status: str = "200",
+    open_: bool = False,
+) -> dict[str, Any]:
+    codes = (errors or set()) | {"503"} | (set() if open_ else {"401", "403", "429"})
+    responses = {status: answer} | {code: _answer("why not", "Error") for code in sorted(codes)}
+    operation: dict[str, Any] = {"operationId": id_, "summary": summary, "parameters": parameters or [], "responses": responses}
+    return operation | ({"security": []} if open_ else {})
+
+
+def _painting(
+    id_: str, summary: str, answer: dict[str, Any], body: dict[str, Any], parameters: list[dict[str, Any]], status: str = "200"
+) -> dict[str, Any]:
+    operation = _operation(id_, summary, answer, parameters, {"400", "408", "413", "500"}, status)
+    return operation | {"requestBody": {"required": True, "content": body}}
+
+
+def _answer(description: str, schema: str) -> dict[str, Any]:
+    return {"description": description, "content": {JSON: {"schema": {"$ref": f"#/components/schemas/{schema}"}}}}
+
+
+def _fields(limits: config.Serve, kind: type[wire.ImagesRequest]) -> dict[str, Any]:
+    """The fields of a request, with this server's own limits and its words for them."""
+    properties: dict[str, Any] = kind.model_json_schema()["properties"]
+    for name, rule in wire.rules(limits).items():
+        if name in properties:
+            properties[name] = {key: value for key, value in properties[name].items() if key not in ("title", "default")}
+            properties[name]["description"] = rule
+    properties["prompt"] = {"type": "string", "minLength": 1, "maxLength": limits.max_prompt_chars, "pattern": r"\S"}
+    properties["negative_prompt"] = {"type": ["string", "null"], "maxLength": limits.max_prompt_chars}
+    properties["n"] = {"type": ["integer", "null"], "minimum": 1, "maximum": limits.max_pictures_per_request}
+    properties["size"] = {"enum": [*wire.sizes(limits), None]}
+    return properties
+
+
+def _form_fields(limits: config.Serve) -> dict[str, Any]:
+    """The same as a form says them: no nulls."""
+    fields = _fields(limits, wire.EditsRequest)
+    for name, schema in fields.items():
+        kinds = [one for one in schema.get("anyOf", []) if one.get("type") != "null"]
+        rest = {key: value for key, value in schema.items() if key != "anyOf"}
+        fields[name] = {**kinds[0], **rest} if kinds else rest
+        if isinstance(rest.get("type"), list):
+            fields[name]["type"] = rest["type"][0]
+        if "enum" in fields[name]:
+            fields[name]["enum"] = [value for value in fields[name]["enum"] if value is not None]
+    return fields
+
+
+def _file(description: str) -> dict[str, Any]:
+    return {"type": "string", "format": "binary", "description": description}
+
+
+def _object(required: str, **properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": required.split()}
+
+
+def _schemas() -> dict[str, Any]:
+    text, whole, number = {"type": "string"}, {"type": "integer"}, {"type": "number"}
+    maybe = {"type": ["string", "null"]}
+    error = _object("message type param code", message=text, type=text, param=maybe, code=maybe)
+    picture = _object(
+        "revised_prompt seed checkpoint", b64_json=text, url=text, revised_prompt=text, seed=whole, checkpoint=text,
+        finish_reason={"const": "content_filtered"}, filtered=text,
+    )  # fmt: skip
+    model = _object("id object created owned_by", id=text, object={"const": "model"}, created=whole, owned_by=text)
+    return {
+        "Error": _object("error", error=error),
+        "Images": _object(
+            "created model size output_format data", created=whole, model=text, size=text, output_format={"const": "png"},
+            data={"type": "array", "items": picture, "minItems": 1}, trace={"type": "array", "items": {"type": "object"}},
+        ),
+        "Models": _object("object data", object={"const": "list"}, data={"type": "array", "items": model}),
+        "Job": _object(
+            "id object created status", id=text, object={"const": "image.job"}, created=whole, status={"enum": JOB_STATES},
+            position=whole, eta_s=number, result={"$ref": "#/components/schemas/Images"}, error=error,
+        ),
+        "Health": _object("status checkpoint trial problem", status={"const": "ok"}, checkpoint=text, trial=maybe, problem=maybe),
+    }  # fmt: skip

@@ -1,0 +1,159 @@
+"""Commissions that outlive a connection: asked for, looked after and fetched later, for proxies that cut long requests.
+
+They are kept in the memory of the HTTP layer (run one of it), at most `max_jobs`, and forgotten `keep_s` after their end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from serve import answers
+from serve.errors import ApiError
+from serve.work import Backend, Busy, Commission, Event, Failed, Outcome, Painted, Picture, Progress, Waiting
+
+CANCELLED = Failed("the job was cancelled")
+
+
+@dataclass(eq=False)
+class Job:
+    """`events` holds the newest of each kind, with a number that grows: what a late reader still has to see."""
+
+    id: str
+    owner: str
+    commission: Commission
+    created: int
+    events: dict[tuple[str, int], tuple[int, Event]] = field(default_factory=dict)
+    outcome: Outcome | None = None
+    ended_at: float = 0.0
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] | None = None
+    _count: int = 0
+
+    def put(self, event: Event) -> None:
+        self._count += 1
+        kind = (type(event).__name__, event.index if isinstance(event, Progress | Picture) else 0)
+        self.events.pop(kind, None)
+        self.events[kind] = (self._count, event)
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+    @property
+    def status(self) -> str:
+        if self.outcome is None:
+            waiting = self.newest(Waiting)
+            return "queued" if waiting and waiting.position > 0 else "running"
+        if isinstance(self.outcome, Painted):
+            return "completed"
+        return "cancelled" if self.outcome is CANCELLED else "failed"
+
+    def newest(self, kind: type[Waiting]) -> Waiting | None:
+        found = self.events.get((kind.__name__, 0))
+        return found[1] if found and isinstance(found[1], kind) else None
+
+    def body(self) -> dict[str, Any]:
+        """The job as the API shows it."""
+        shown: dict[str, Any] = {"id": self.id, "object": "image.job", "created": self.created, "status": self.status}
+        waiting = self.newest(Waiting)
+        if self.outcome is None and waiting is not None:
+            shown |= {"position": waiting.position, "eta_s": waiting.eta_s}
+        if isinstance(self.outcome, Painted):
+            pictures = [event for _, event in self.events.values() if isinstance(event, Picture)]
+            pictures.sort(key=lambda picture: picture.index)
+            try:
+                shown["result"] = answers.body(self.commission, pictures, self.outcome)
+            except ApiError as error:
+                shown |= {"status": "failed", **error.body()}
+        elif isinstance(self.outcome, Busy | Failed) and self.outcome is not CANCELLED:
+            shown |= answers.failure(self.outcome).body()
+        return shown
+
+    async def follow(self) -> AsyncGenerator[Event, None]:
+        """What has come, then what comes, up to the outcome."""
+        seen = 0
+        while True:
+            changed = self.changed
+            for number, event in [item for item in self.events.values() if item[0] > seen]:
+                seen = number
+                yield event
+            if self.outcome is not None and seen == self._count:
+                return
+            if changed is self.changed:
+                await changed.wait()
+
+
+class Jobs:
+    """Every job of one HTTP process."""
+
+    def __init__(self, backend: Backend, max_jobs: int, keep_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._backend, self._max_jobs, self._keep_s, self._clock = backend, max_jobs, keep_s, clock
+        self._jobs: dict[str, Job] = {}
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    async def start(self, commission: Commission) -> Job:
+        """A job that is in line. Raises ApiError (429) where there is no room for it."""
+        self._forget()
+        if len(self._jobs) >= self._max_jobs:
+            raise answers.failure(Busy(30, f"{self._max_jobs} jobs are kept already; fetch or delete one"))
+        job = Job(f"job_{uuid.uuid4().hex}", commission.key, commission, int(time.time()))
+        self._jobs[job.id] = job
+        accepted = job.changed
+        job.task = asyncio.create_task(self._work(job))
+        try:
+            await accepted.wait()
+        except asyncio.CancelledError:
+            self.cancel(job)
+            raise
+        if isinstance(job.outcome, Busy):
+            del self._jobs[job.id]
+            raise answers.failure(job.outcome)
+        return job
+
+    def get(self, id_: str, owner: str) -> Job:
+        """Raises ApiError (404) for a job that is not there, or is somebody else's."""
+        self._forget()
+        job = self._jobs.get(id_)
+        if job is None or job.owner != owner:
+            message = f"there is no job {id_[:60]!r} of yours; finished ones are kept for {self._keep_s:.0f} s"
+            raise ApiError(404, message, code="job_not_found")
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Give its rows back; one that has ended stays as it is."""
+        if job.outcome is None:
+            self._end(job, CANCELLED)
+            assert job.task is not None
+            job.task.cancel()
+
+    async def _work(self, job: Job) -> None:
+        try:
+            async with aclosing(self._backend.paint(job.commission)) as events:
+                async for event in events:
+                    if (outcome := answers.outcome_of(event)) is not None:
+                        self._end(job, outcome)
+                        return
+                    job.put(event)
+            self._end(job, Failed("the generator was lost while it painted; try again", retry=True))
+        except asyncio.CancelledError:
+            if job.outcome is None:
+                self._end(job, CANCELLED)
+            raise
+
+    def _end(self, job: Job, outcome: Outcome) -> None:
+        job.outcome, job.ended_at = outcome, self._clock()
+        for kind in [kind for kind, (_, event) in job.events.items() if isinstance(event, Progress | Waiting)]:
+            del job.events[kind]
+        job.put(outcome)
+
+    def _forget(self) -> None:
+        now = self._clock()
+        old = [job.id for job in self._jobs.values() if job.outcome is not None and now > job.ended_at + self._keep_s]
+        for id_ in old:
+            del self._jobs[id_]

@@ -1,0 +1,141 @@
+"""Five times more visitors than the server can paint for, over loopback, with the miniature's real weights.
+
+python -m pytest -m slow tests/integration/test_load.py                        20 s
+MOMALISA_LOAD_S=120 python -m pytest -m slow -s tests/integration/test_load.py     two minutes, and its figures
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.integration, pytest.mark.timeout(600)]
+
+SECONDS = float(os.environ.get("MOMALISA_LOAD_S", "20"))
+ROOT = Path(__file__).parents[2]
+TIMES = 5
+SERVER = """
+import socket, sys, uvicorn
+from momalisa import config
+from serve.api import create_app
+from serve.replica import Generator
+settings = config.from_file("configs/demo.yaml", ["--root=" + sys.argv[1], "--serve.precision=bf16", "--serve.watch_s=0",
+    "--serve.max_waiting_rows=48", "--serve.max_waiting_rows_per_key=48"])
+generator = Generator(settings)
+listener = socket.socket(fileno=int(sys.argv[2]))
+uvicorn.Server(uvicorn.Config(create_app(generator, settings.serve), log_level="warning")).run(sockets=[listener])
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, psutil.Process]]:
+    from momalisa import checkpoint
+    from momalisa.config import Diffusion
+    from momalisa.storage import Store
+
+    root, weights = tmp_path_factory.mktemp("root"), tmp_path_factory.mktemp("weights")
+    diffusion, store = Diffusion(model="miniature://diffusion"), Store(str(root))
+    checkpoint.save_weights(checkpoint.load_base_unet(diffusion), weights, lora=False)
+    entry = checkpoint.Checkpoint("checkpoints/base/0", "base", 0, diffusion.model_dump(), files={})
+    checkpoint.write(store, entry, weights)
+    store.write_json(checkpoint.BEST, {"checkpoint": entry.path})
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1000)
+        command = [sys.executable, "-c", SERVER, str(root), str(listener.fileno())]
+        process = subprocess.Popen(command, cwd=ROOT, pass_fds=[listener.fileno()])
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        end = time.monotonic() + 120
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{address}/healthz", timeout=5).status_code == 200:
+                    break
+            assert time.monotonic() < end, "the server did not start"
+            assert process.poll() is None, "the server ended"
+            time.sleep(0.2)
+        yield address, psutil.Process(process.pid)
+        process.terminate()
+        process.wait(60)
+
+
+class Load:
+    """Requests over one client; `finished`: when each picture came."""
+
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        self.client = client
+        self.statuses: Counter[int] = Counter()
+        self.finished: list[float] = []
+        self.waits: list[float] = []
+
+    async def ask(self) -> None:
+        answer = await self.client.post("/v1/images/generations", json={"prompt": "a red boat", "seed": random.randrange(1000)})
+        self.statuses[answer.status_code] += 1
+        if answer.status_code == 200:
+            self.finished.append(time.monotonic())
+        elif answer.status_code == 429:
+            self.waits.append(float(answer.headers["Retry-After"]))
+
+    async def closed(self, visitors: int, seconds: float) -> float:
+        """So many visitors who ask again as soon as they have their picture -> pictures/s."""
+        start = time.monotonic()
+
+        async def visitor() -> None:
+            while time.monotonic() < start + seconds:
+                await self.ask()
+
+        await asyncio.gather(*(visitor() for _ in range(visitors)))
+        return self.rate(start, start + seconds)
+
+    async def opened(self, per_s: float, seconds: float) -> float:
+        """Visitors who come by chance, so many a second, whatever becomes of those before -> pictures/s."""
+        start, tasks = time.monotonic(), []
+        due = start
+        while (due := due + random.expovariate(per_s)) < start + seconds:
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            tasks.append(asyncio.create_task(self.ask()))
+        rate = self.rate(start, start + seconds)
+        await asyncio.gather(*tasks)
+        return rate
+
+    def rate(self, start: float, end: float) -> float:
+        """Without the first fifth, in which the line fills."""
+        start += (end - start) / 5
+        return sum(start <= at < end for at in self.finished) / (end - start)
+
+
+async def test_a_crowd_costs_the_served_nothing(server: tuple[str, Any]) -> None:
+    address, process = server
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=address, timeout=120, limits=limits) as client:
+        load = Load(client)
+        await load.closed(8, 3)
+        before = await load.closed(16, SECONDS / 2)
+        memory = process.memory_info().rss
+        good = await load.opened(TIMES * before, SECONDS)
+        grown = process.memory_info().rss - memory
+        after = await load.closed(16, SECONDS / 2)
+    peak = (before + after) / 2
+    print(
+        f"\npeak {before:.2f} and {after:.2f} pictures/s, {good:.2f} at {TIMES}x ({good / peak:.0%}); "
+        f"answers {dict(load.statuses)}; memory {memory / 2**20:.0f} MiB {grown / 2**20:+.0f}; "
+        f"Retry-After {min(load.waits)} to {max(load.waits)} s"
+    )
+    assert set(load.statuses) == {200, 429}
+    assert load.statuses[429] > load.statuses[200]
+    assert all(1 <= wait <= 60 for wait in load.waits)
+    assert grown < 64 * 2**20
+    assert good >= 0.95 * min(before, after)

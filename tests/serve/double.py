@@ -1,0 +1,85 @@
+"""An engine that follows the real one's contract, without a model: for what must be counted, broken or slowed down."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from PIL import Image
+
+from momalisa.engine import Broken, Done, GenerationError, Preview, Request
+from serve.easel import Easel
+
+Spoil = Callable[[Request], Any]
+
+
+def drawn(seed: int, size_px: int = 16) -> Image.Image:
+    """A picture that is not flat, and another one for each seed."""
+    picture = Image.new("RGB", (size_px, size_px), (seed % 256, 10, 20))
+    picture.putpixel((0, 0), (255, 255, 255))
+    return picture
+
+
+class Engine:
+    """Every request takes a step a tick. `spoil(request)`: a picture or an error instead of the usual picture."""
+
+    def __init__(self, spoil: Spoil | None = None, tick_s: float = 0.001) -> None:
+        self.flying: dict[int, tuple[Request, int]] = {}
+        self.spoil, self.tick_s = spoil, tick_s
+        self.submitted: list[Request] = []
+        self.cancelled: list[int] = []
+        self.rows_of_ticks: list[int] = []
+        self.paused = False
+
+    @property
+    def rows(self) -> int:
+        return sum(2 if request.guidance_scale > 1 else 1 for request, _ in self.flying.values())
+
+    @property
+    def pending_row_steps(self) -> int:
+        return sum((2 if one.guidance_scale > 1 else 1) * (one.steps - done) for one, done in self.flying.values())
+
+    def submit(self, request: Request) -> int:
+        if request.prompt.endswith("impossible"):
+            raise ValueError("this cannot be")
+        self.submitted.append(request)
+        self.flying[len(self.submitted)] = (request, 0)
+        return len(self.submitted)
+
+    def cancel(self, id_: int) -> bool:
+        self.cancelled.append(id_)
+        return self.flying.pop(id_, None) is not None
+
+    def close(self) -> None:
+        pass
+
+    def tick(self) -> list[Any]:
+        time.sleep(self.tick_s)
+        if self.paused:
+            return []
+        self.rows_of_ticks.append(self.rows)
+        events: list[Any] = []
+        for id_, (request, done) in list(self.flying.items()):
+            self.flying[id_] = (request, done + 1)
+            if done + 1 < request.steps:
+                if request.previews:
+                    events.append(Preview(id_, drawn(request.seed), done + 1, request.steps))
+                continue
+            del self.flying[id_]
+            made = self.spoil(request) if self.spoil else None
+            events.append(Broken(id_, made) if isinstance(made, Exception) else Done(id_, made or drawn(request.seed)))
+        return events
+
+
+def easel(name: str = "old-1", spoil: Spoil | None = None, tick_s: float = 0.001) -> Easel:
+    made: Any = Engine(spoil, tick_s)
+    return Easel(made, name)
+
+
+def nan(request: Request) -> Exception:
+    return GenerationError("the UNet produced NaN")
+
+
+def black(request: Request) -> Image.Image:
+    return Image.new("RGB", (16, 16))

@@ -1,0 +1,90 @@
+"""The OpenAPI document is true: whatever it allows, and whatever it does not, is answered as it says."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, settings
+from PIL import Image
+from schemathesis.specs.openapi import checks
+
+from serve import keys
+from serve.api import create_app
+from serve.work import Commission, Event, Painted, Picture, Progress, Waiting
+from tests.serve.conftest import LIMITS
+from tests.serve.test_api import FakeBackend
+
+CHECKS = [
+    schemathesis.checks.not_a_server_error,
+    checks.status_code_conformance,
+    checks.content_type_conformance,
+    checks.response_schema_conformance,
+]
+
+
+class Whole(FakeBackend):
+    """Says everything that a generator can say."""
+
+    async def paint(self, commission: Commission) -> AsyncGenerator[Event, None]:
+        sink = io.BytesIO()
+        Image.new("RGB", (8, 8), "red").save(sink, "PNG")
+        yield Waiting(1, 0.5)
+        for index in range(len(commission.seeds)):
+            yield Progress(index, 1, 2, sink.getvalue())
+            yield Picture(index, sink.getvalue(), "fake-1")
+        yield Painted("fake-1", ({"rows": 1},) if commission.trace else ())
+
+
+SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", create_app(Whole(), LIMITS))
+
+
+@SCHEMA.parametrize()
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+def test_the_server_does_what_its_document_says(case: Any) -> None:
+    case.call_and_validate(checks=CHECKS)
+
+
+@pytest.fixture
+def closed(tmp_path: Path) -> Any:
+    path = tmp_path / "keys.json"
+    keys.main(["add", str(path), "--name", "x"])
+    return create_app(Whole(), LIMITS.model_copy(update={"keys": str(path), "cors_origins": ("https://museum.example",)}))
+
+
+def test_a_closed_server_says_so_on_every_route_but_health(closed: Any) -> None:
+    async def answers() -> dict[str, int]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(closed), base_url="http://museum") as client:
+            document = (await client.get("/openapi.json")).json()
+            assert document["security"] == [{"key": []}]
+            routes = [(path.replace("{id}", "x"), method) for path, item in document["paths"].items() for method in item]
+            return {f"{method} {path}": (await client.request(method, path)).status_code for path, method in routes}
+
+    found = asyncio.run(answers())
+    assert found.pop("get /healthz") == 200
+    assert set(found.values()) == {401}
+    assert len(found) == 8
+
+
+def test_pages_of_listed_origins_may_call_and_others_may_not(closed: Any) -> None:
+    async def allowed(origin: str) -> str | None:
+        headers = {"Origin": origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(closed), base_url="http://museum") as client:
+            answer = await client.options("/v1/images/generations", headers=headers)
+        return answer.headers.get("Access-Control-Allow-Origin")
+
+    assert asyncio.run(allowed("https://museum.example")) == "https://museum.example"
+    assert asyncio.run(allowed("https://elsewhere.example")) is None
+
+
+def test_samplers_are_the_engines() -> None:
+    from momalisa.engine import SAMPLERS
+    from serve import wire
+
+    assert wire.SAMPLERS == SAMPLERS

@@ -1,0 +1,201 @@
+"""Jobs and streams over the real generator: followed, fetched, cancelled, forgotten; a reader that stops reading."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import httpx
+import pytest
+
+from serve.answers import collect
+from serve.api import create_app
+from serve.errors import ApiError
+from serve.jobs import Jobs
+from serve.mailbox import Mailbox
+from serve.stream import EventStream
+from serve.work import Busy, Commission, Event, Failed, Outcome, Painted, Picture, Progress, State, Waiting
+from tests.serve.conftest import LIMITS
+
+ORDER = Commission("x", (0,), 1, 1.0, 64, key="me")
+
+
+class Slow:
+    """A backend that tells its place and then waits to be let go."""
+
+    def __init__(self, outcome: Outcome | None = None) -> None:
+        self.go, self.closed = asyncio.Event(), 0
+        self.outcome = outcome or Painted("fake-1")
+
+    async def paint(self, commission: Commission) -> AsyncGenerator[Event, None]:
+        try:
+            if isinstance(self.outcome, Busy):
+                yield self.outcome
+                return
+            yield Waiting(2, 7.5)
+            await self.go.wait()
+            yield Progress(0, 1, 2, b"preview")
+            yield Picture(0, b"png", "fake-1")
+            yield self.outcome
+        finally:
+            self.closed += 1
+
+    async def state(self) -> State:
+        return State("fake-1")
+
+    async def metrics(self) -> list[tuple[str, str]]:
+        return []
+
+
+def client_of(backend: Any) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(create_app(backend, LIMITS), raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://museum")
+
+
+def events_in(text: str) -> list[tuple[str, dict[str, Any]]]:
+    blocks = [block.split("\n") for block in text.split("\n\n") if block.startswith("event: ")]
+    return [(block[0].removeprefix("event: "), json.loads(block[1].removeprefix("data: "))) for block in blocks]
+
+
+async def test_a_job_from_the_line_to_its_picture(client: httpx.AsyncClient) -> None:
+    started = await client.post("/v1/jobs", json={"prompt": "a boat", "seed": 5, "n": 2})
+    assert started.status_code == 202
+    job = started.json()
+    assert started.headers["Location"] == f"/v1/jobs/{job['id']}"
+    events = events_in((await client.get(f"/v1/jobs/{job['id']}/events")).text)
+    assert [name for name, _ in events] == ["image_generation.completed"] * 2
+    done = (await client.get(f"/v1/jobs/{job['id']}")).json()
+    assert done["status"] == "completed"
+    assert [entry["seed"] for entry in done["result"]["data"]] == [5, 6]
+    again = events_in((await client.get(f"/v1/jobs/{job['id']}/events")).text)
+    assert len(again) == 2  # a late reader gets everything too
+
+
+async def test_a_job_tells_its_place_and_two_cancels_are_one() -> None:
+    backend = Slow()
+    async with client_of(backend) as client:
+        job = (await client.post("/v1/jobs", json={"prompt": "x"})).json()
+        assert (job["status"], job["position"], job["eta_s"]) == ("queued", 2, 7.5)
+        path = f"/v1/jobs/{job['id']}"
+        states = [(await client.delete(path)).json()["status"] for _ in range(2)]
+        assert states == ["cancelled", "cancelled"]
+        await asyncio.sleep(0.01)
+        assert backend.closed == 1
+        assert events_in((await client.get(f"{path}/events")).text)[0][0] == "error"
+        assert (await client.get("/v1/jobs/job_nothing")).status_code == 404
+
+
+async def test_a_full_line_and_a_full_store_refuse_jobs() -> None:
+    async with client_of(Slow(Busy(7))) as client:
+        answer = await client.post("/v1/jobs", json={"prompt": "x"})
+        assert (answer.status_code, answer.headers["Retry-After"]) == (429, "7")
+    backend = Slow()
+    jobs = Jobs(backend, 2, 60)
+    for _ in range(2):
+        await jobs.start(ORDER)
+    with pytest.raises(ApiError, match="2 jobs are kept already"):
+        await jobs.start(ORDER)
+
+
+async def test_jobs_are_forgotten_and_are_their_owners() -> None:
+    now = 0.0
+    jobs = Jobs(Slow(Failed("no")), 2, 60, lambda: now)
+    job = await jobs.start(ORDER)
+    with pytest.raises(ApiError):
+        jobs.get(job.id, "somebody else")
+    jobs._backend.go.set()  # type: ignore[attr-defined]
+    assert job.task is not None
+    await job.task
+    now = 59.0
+    assert jobs.get(job.id, "me").body()["error"]["code"] == "generation_failed"
+    now = 61.0
+    with pytest.raises(ApiError, match="there is no job"):
+        jobs.get(job.id, "me")
+    assert len(jobs) == 0
+
+
+async def test_a_stream_has_openais_events_and_tells_the_place_in_comments() -> None:
+    backend = Slow()
+    backend.go.set()
+    async with client_of(backend) as client:
+        answer = await client.post("/v1/images/generations", json={"prompt": "x", "stream": True, "seed": 4})
+    assert answer.headers["Content-Type"].startswith("text/event-stream")
+    assert answer.text.startswith(': {"position": 2, "eta_s": 7.5}\n\n')
+    events = events_in(answer.text)
+    assert [name for name, _ in events] == ["image_generation.partial_image", "image_generation.completed"]
+    assert events[0][1]["partial_image_index"] == 0
+    assert events[1][1]["seed"] == 4
+
+
+async def test_a_full_line_is_a_429_and_no_stream() -> None:
+    async with client_of(Slow(Busy(7))) as client:
+        answer = await client.post("/v1/images/generations", json={"prompt": "x", "stream": True})
+    assert (answer.status_code, answer.headers["Retry-After"]) == (429, "7")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code"), [(Failed("lost", retry=True), "unavailable"), (Failed("x", late=True), "deadline_exceeded")]
+)
+async def test_a_stream_that_fails_says_so(outcome: Outcome, code: str) -> None:
+    backend = Slow(outcome)
+    backend.go.set()
+    async with client_of(backend) as client:
+        answer = await client.post("/v1/images/generations", json={"prompt": "x", "stream": True})
+    name, data = events_in(answer.text)[-1]
+    assert (name, data["error"]["code"]) == ("error", code)
+
+
+async def test_a_reader_that_stops_reading_is_left_and_nothing_piles_up() -> None:
+    made, ended = 0, False
+
+    async def endless() -> AsyncGenerator[bytes, None]:
+        nonlocal made, ended
+        try:
+            while True:
+                made += 1
+                yield b"data: x\n\n"
+        finally:
+            ended = True
+
+    async def never() -> dict[str, Any]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def stuck(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    await asyncio.wait_for(EventStream(endless(), stall_s=0.05)({"type": "http"}, never, stuck), 5)
+    assert (made, ended) == (1, True)
+
+
+async def test_a_mailbox_that_nobody_reads_holds_one_of_a_kind() -> None:
+    box = Mailbox()
+    for number in range(1000):
+        box.post(Waiting(number, 1.0))
+        box.post(Progress(0, number, 1000, b"preview"))
+    box.post(Picture(0, b"png", "x"))
+    box.post(Painted("x"))
+    await asyncio.sleep(0.01)
+    assert len(box) == 4
+    events = [event async for event in box.events()]
+    assert events == [Waiting(999, 1.0), Progress(0, 999, 1000, b"preview"), Picture(0, b"png", "x"), Painted("x")]
+
+
+async def test_a_generator_that_says_nothing_more_is_a_503() -> None:
+    class Lost(Slow):
+        async def paint(self, commission: Commission) -> AsyncGenerator[Event, None]:
+            yield Waiting(1, 1.0)
+
+    with pytest.raises(ApiError) as caught:
+        await collect(Lost(), ORDER)
+    assert caught.value.status == 503
+
+
+async def test_a_trace_tells_the_ticks(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/v1/images/generations?debug=trace", json={"prompt": "x", "steps": 3})
+    trace = answer.json()["trace"]
+    assert [tick["rows"] for tick in trace][:3] == [1, 1, 1]
+    assert {tick["checkpoint"] for tick in trace} == {"tiny-64"}
