@@ -40,6 +40,10 @@ class Diverged(FloatingPointError):
     """The loss is no number, or has exploded; the message names the works that were in the batch."""
 
 
+class Interrupted(RuntimeError):
+    """Training was asked to end, and the checkpoint of this very step is written."""
+
+
 @dataclass(frozen=True)
 class Run:
     """What is trained, on what, and where it is written."""
@@ -54,12 +58,13 @@ class Run:
 
 @dataclass
 class Events:
-    """What the shell wants to hear: called on the main process only, but for `synchronise`, called on all."""
+    """What the shell wants to hear: called on the main process only, but for `synchronise` and `ending`, called on all."""
 
     logged: Callable[[dict[str, float]], None] = lambda metrics: None
     checkpointed: Callable[[Checkpoint], None] = lambda checkpoint: None
     pictures_due: Callable[[int, torch.nn.Module], None] = lambda images_seen, unet: None
     synchronise: Callable[[dict[str, float]], None] = lambda metrics: None
+    ending: Callable[[], bool] | None = None  # whether to end now; given to all workers or to none, one is enough to say so
 
 
 class Trainer:
@@ -137,10 +142,24 @@ class Trainer:
                     if self.accelerator.is_main_process:
                         self._log(loss, (progress.images_seen - first) / (time.monotonic() - began))
                 self._milestones(ends)
+                if not recent and not ends:
+                    self._leave_if_asked()
         finally:
             self.batches.close()
             self.writer.close()
         return progress
+
+    def _leave_if_asked(self) -> None:
+        """Where losses were just looked at, so that going on from here has the same history. Raises Interrupted on all."""
+        if self.events.ending is None:
+            return
+        asked = torch.tensor(float(self.events.ending()), device=self.device)
+        if not float(self.accelerator.reduce(asked, reduction="sum")):
+            return
+        if self.accelerator.is_main_process:
+            self.writer.submit(self.snapshot())
+            self.writer.settle()
+        raise Interrupted(f"{self.progress.images_seen} images seen")
 
     def _log(self, loss: float, images_per_s: float) -> None:
         seen = self.progress.images_seen

@@ -93,9 +93,11 @@ class Machines:
         ip("-n", space, "link", "set", "lo", "up")
         ip("-n", space, "route", "add", "default", "via", self.gateway)
         Path("/tmp/ray").mkdir(exist_ok=True)
-        script = f"mount --bind {folder}/root /root && mount --bind {folder}/ray /tmp/ray && exec bash {HOME}/deploy/entrypoint.sh"
+        home = folder / "root"  # this machine's own passwd names it: the host's python may lie below /root
+        (folder / "passwd").write_text(f"root:x:0:0::{home}:/bin/bash\nsshd:x:100:65534::/run/sshd:/usr/sbin/nologin\n")
+        script = f"mount --bind {folder}/passwd /etc/passwd && mount --bind {folder}/ray /tmp/ray && exec {HOME}/deploy/entrypoint.sh"
         container = ["unshare", "--mount", "--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc", "bash", "-c", script]
-        base = {"PATH": f"{BIN}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8",
+        base = {"PATH": f"{BIN}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": str(home), "LANG": "C.UTF-8",
                 "MOMALISA_HOME": str(HOME), "PYTHONPATH": str(HOME), "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}  # fmt: skip
         with open(folder / "log", "wb") as log:
             process = subprocess.Popen(
