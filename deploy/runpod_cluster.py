@@ -32,7 +32,7 @@ def document(cluster: Cluster) -> dict[str, Any]:
         "auth": {"ssh_user": "ray", "ssh_private_key": "~/.ssh/momalisa"},
         "head_node_type": "head",
         "available_node_types": {
-            "head": node_type(cluster, [cluster.head_gpu], 0, 0, {"CPU": 2, "GPU": 0}, gpus=1),
+            "head": node_type(cluster, [cluster.head_gpu.runpod], 0, 0, {"CPU": 2, "GPU": 0}, gpus=1),
             "gpu": node_type(
                 cluster,
                 [gpu.runpod for gpu in cluster.gpus],
