@@ -84,6 +84,8 @@ class Cluster(Section):
     """Measured training speed of one GPU, for `python -m ray_jobs.plan` (default: a stated model)."""
     train_start_timeout_s: Positive = 8
     """Ray Train waits this long for its workers before it looks again: all of it passes after a node's death."""
+    stop_within_s: Positive = 120
+    """`ray job stop` waits this long for training to write its checkpoint."""
     health_check_period_ms: Positive = 2_000
     health_check_timeout_ms: Positive = 4_000
     health_check_failures: Positive = 4
@@ -102,6 +104,8 @@ class Cluster(Section):
             "NCCL_SOCKET_FAMILY": "AF_INET",
             "PYTHONUNBUFFERED": "1",
             "RAY_AUTH_MODE": "token",
+            "RAY_JOB_STOP_WAIT_TIME_S": str(self.stop_within_s),
+            "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(self.train_start_timeout_s),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_health_check_failure_threshold": str(self.health_check_failures),

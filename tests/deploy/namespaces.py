@@ -42,11 +42,17 @@ class Machine:
     address: str
     folder: Path
     process: subprocess.Popen[bytes]
+    env: dict[str, str]
 
     def inside(self, *command: str) -> list[str]:
         """The command line that runs a command in this machine's namespaces."""
-        inner = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=True).stdout.split()[0]
-        return ["nsenter", "-t", inner, "-n", "-m", "-p", "--", *command]
+        first = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()[0]
+        return ["nsenter", "-t", first, "-n", "-m", "-p", "--", *command]
+
+    def run(self, script: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """A bash script on this machine, in its environment."""
+        line = self.inside("bash", "-c", script)
+        return subprocess.run(line, env=self.env, cwd=HOME, capture_output=True, text=True, check=check, timeout=120)
 
 
 @dataclass
@@ -99,11 +105,10 @@ class Machines:
         container = ["unshare", "--mount", "--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc", "bash", "-c", script]
         base = {"PATH": f"{BIN}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": str(home), "LANG": "C.UTF-8",
                 "MOMALISA_HOME": str(HOME), "PYTHONPATH": str(HOME), "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}  # fmt: skip
+        env = {**base, **self.image, **env}
         with open(folder / "log", "wb") as log:
-            process = subprocess.Popen(
-                ["ip", "netns", "exec", space, *container], env={**base, **self.image, **env}, stdout=log, stderr=log
-            )
-        self.machines[name] = Machine(name, address, folder, process)
+            process = subprocess.Popen(["ip", "netns", "exec", space, *container], env=env, stdout=log, stderr=log)
+        self.machines[name] = Machine(name, address, folder, process, env)
         return address
 
     def kill(self, name: str) -> None:

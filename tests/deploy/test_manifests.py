@@ -172,7 +172,7 @@ def test_the_overlays() -> None:
     assert sizes == {"dev": (0, 1), "prod": (1, 4)}
 
 
-def test_what_serve_is_given_is_servekept_and_accepted_by_ray() -> None:
+def test_what_serve_is_given_is_accepted_by_ray() -> None:
     from ray.serve.schema import ServeDeploySchema
 
     committed = ServeDeploySchema(**yaml.safe_load((HOME / "serve" / "config.yaml").read_text()))

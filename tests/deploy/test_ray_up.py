@@ -48,7 +48,8 @@ def laptop(cloud: FakeRunpod, tmp_path_factory: pytest.TempPathFactory) -> Calla
     config = yaml.safe_load((HOME / "cluster.yaml").read_text())
     config |= {"cluster_name": "test", "max_workers": 2, "idle_timeout_minutes": 0.15}
     config["auth"] = {"ssh_user": "root", "ssh_private_key": str(folder / "key")}
-    config["provider"]["usd_per_hour_max"] = 3 * 0.69 + 0.1
+    config["provider"]["usd_per_hour_max"] = 3 * 0.69 + 0.1  # a head and two workers, and not one more
+    config["available_node_types"]["gpu"]["node_config"]["gpus"] = ["NVIDIA GeForce RTX 4090"]
     config["available_node_types"]["head"]["resources"] = {"CPU": 1, "GPU": 0}
     config["available_node_types"]["gpu"] |= {"max_workers": 2, "resources": {"CPU": 1, "GPU": 1}}
     for commands in ("head_start_ray_commands", "worker_start_ray_commands"):
