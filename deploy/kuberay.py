@@ -16,6 +16,7 @@ SECRET = "momalisa-secrets"  # noqa: S105  # its name
 SERVICE_ACCOUNT = "momalisa"
 STAGES = ("collect", "caption", "encode", "train", "promote", "pipeline")
 IMAGE_HOME = "/opt/momalisa"
+NOTICE_S = 25  # a spot node has 30 s from its notice
 CONTROL_PORTS = (6379, 8265, 8076, 10001, 52365)  # GCS, dashboard and jobs, object manager, client, agent
 Object = dict[str, Any]
 
@@ -76,13 +77,16 @@ def worker_group(cluster: Cluster) -> Object:
         "nvidia.com/gpu": str(cluster.gpus_per_node),
     }
     template = pod(cluster, "ray-worker", size)
+    # A spot node's notice: training writes a checkpoint of its step and goes on elsewhere.
+    drain = {"exec": {"command": ["python", "-m", "deploy.drain", "--within-s", str(NOTICE_S - 5), "--wait"]}}
+    template["spec"]["containers"][0]["lifecycle"] = {"preStop": drain}
     template["spec"] |= {
         "nodeSelector": {"cloud.google.com/gke-spot": "true", "cloud.google.com/gke-accelerator": gpu.gke},
         "tolerations": [
             {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
             {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"},
         ],
-        "terminationGracePeriodSeconds": 25,  # a spot node has 30 s from its notice
+        "terminationGracePeriodSeconds": NOTICE_S,
     }
     return {
         "groupName": "gpu",
