@@ -7,10 +7,10 @@ replicas. KubeRay's workers run it when Kubernetes asks them to go (`preStop`), 
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 
 def node_id(address: str, here: str) -> str:
@@ -39,7 +39,7 @@ def main() -> None:
     request = ["drain-node", "--address", canonicalize_bootstrap_address_or_die("auto"), "--node-id", node]
     why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the machine will be taken away"]
     how = ["--deadline-remaining-seconds", str(options.within_s)]
-    ray_cli = os.path.join(os.path.dirname(sys.executable), "ray")
+    ray_cli = str(Path(sys.executable).parent / "ray")
     subprocess.run([ray_cli, *request, *why, *how], check=True)
     if options.wait:
         time.sleep(max(0.0, options.within_s - (time.monotonic() - began)))

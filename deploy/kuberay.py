@@ -141,7 +141,9 @@ def ray_job(settings: Settings, stage: str, config: str, home: Path) -> Object:
         "backoffLimit": 2,
         "submitterConfig": {"backoffLimit": 0},
         "activeDeadlineSeconds": 24 * 3600,
-        "rayClusterSpec": {key: value for key, value in cluster_spec(settings.cluster).items() if key != "gcsFaultToleranceOptions"},
+        "rayClusterSpec": {
+            key: value for key, value in cluster_spec(settings.cluster).items() if key != "gcsFaultToleranceOptions"
+        },
     }
     return named("RayJob", f"{settings.cluster.name}-{stage}", spec)
 

@@ -1,7 +1,7 @@
 """Writes cluster.yaml and deploy/gke/ from one settings file, so that they cannot drift apart.
 
-    python -m deploy.manifests --config configs/sd14.yaml          write them
-    python -m deploy.manifests --config configs/sd14.yaml --check  exit 1 and name the file that is not what they say
+python -m deploy.manifests --config configs/sd14.yaml          write them
+python -m deploy.manifests --config configs/sd14.yaml --check  exit 1 and name the file that is not what they say
 """
 
 from __future__ import annotations

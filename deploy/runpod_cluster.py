@@ -70,9 +70,7 @@ def provider(cluster: Cluster) -> dict[str, Any]:
     }
 
 
-def node_type(
-    cluster: Cluster, ids: list[str], least: int, most: int, resources: dict[str, int], gpus: int
-) -> dict[str, Any]:
+def node_type(cluster: Cluster, ids: list[str], least: int, most: int, resources: dict[str, int], gpus: int) -> dict[str, Any]:
     return {
         "min_workers": least,
         "max_workers": most,

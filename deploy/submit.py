@@ -53,7 +53,9 @@ def explained(address: str, said: str) -> str:
     if "401" in said or "403" in said or "nauthenticated" in said or "uthentication" in said:
         return f"{address} wants another token ({last}); export RAY_AUTH_TOKEN, or write it to ~/.ray/auth_token"
     if "Failed to connect" in said or "Connection" in said:
-        return f"no cluster answers at {address} ({last}); open the tunnel first: `ray dashboard cluster.yaml`, or set RAY_ADDRESS"
+        return (
+            f"no cluster answers at {address} ({last}); open the tunnel first: `ray dashboard cluster.yaml`, or set RAY_ADDRESS"
+        )
     return f"{address} did not take the job: {said[-2000:]}"
 
 

@@ -64,8 +64,8 @@ def estimate(settings: Settings, cloud: Cloud, works: int) -> Estimate:
     gpus = max(math.ceil(train.workers * train.gpus_per_worker), 1)
     if gpus > (most := cluster.max_workers * cluster.gpus_per_node):
         raise Refused(
-            f"train.workers={train.workers} x gpus_per_worker={train.gpus_per_worker:g} are {gpus} GPUs, but the cluster has at most "
-            f"{most} (cluster.max_workers={cluster.max_workers} x gpus_per_node={cluster.gpus_per_node}): the job would wait "
+            f"train.workers={train.workers} x gpus_per_worker={train.gpus_per_worker:g} are {gpus} GPUs, but the cluster has at "
+            f"most {most} (cluster.max_workers={cluster.max_workers} x gpus_per_node={cluster.gpus_per_node}): the job would wait "
             f"for ever. Try cluster.max_workers={math.ceil(gpus / cluster.gpus_per_node)} or train.workers={most}"
         )
     nodes = math.ceil(gpus / cluster.gpus_per_node)
@@ -101,7 +101,7 @@ def estimate(settings: Settings, cloud: Cloud, works: int) -> Estimate:
             basis,
             f"{which}, {4 * parameters / 1e9:.3g} GB of gradients in fp32",
             f"{link:g} Mbit/s between nodes, as {'RunPod documents for global networking' if cloud == 'runpod' else 'GKE gives'}",
-            f"list prices in the settings (cluster.gpus): ${price:g} per GPU and hour, {gpu.runpod if cloud == 'runpod' else gpu.gke}",
+            f"list prices in the settings (cluster.gpus): ${price:g} an hour for a {gpu.runpod if cloud == 'runpod' else gpu.gke}",
             f"{works:,} works, {STARTUP_H * 60:.0f} minutes to rent and load",
         ),
     )
@@ -114,9 +114,9 @@ def check(found: Estimate, settings: Settings) -> None:
         return
     gpus = found.nodes * found.gpus_per_node
     raise Refused(
-        f"full fine-tuning over {found.nodes} nodes on {link:g} Mbit/s: each step moves 2 x ({found.nodes} - 1) / {found.nodes} x "
-        f"{found.step_bytes / (2 * (found.nodes - 1) / found.nodes) / 1e9:.2f} GB = {found.step_bytes / 1e9:.2f} GB through a node's "
-        f"link, {found.exchange_s:.0f} s, to compute for {found.compute_s:.1f} s. Take one node with {gpus} GPUs "
+        f"full fine-tuning over {found.nodes} nodes on {link:g} Mbit/s: each step moves 2 x ({found.nodes} - 1) / "
+        f"{found.nodes} x {4 * trained_parameters(settings)[0] / 1e9:.2f} GB = {found.step_bytes / 1e9:.2f} GB through "
+        f"a node's link, {found.exchange_s:.0f} s, to compute for {found.compute_s:.1f} s. Take one node with {gpus} GPUs "
         f"(cluster.gpus_per_node={gpus}), or adapters (train.lora_rank=8: under a second), or say --force"
     )
 

@@ -11,9 +11,7 @@ HIDDEN = "***"
 NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|CREDENTIALS_JSON)$", re.IGNORECASE)
 SHORTEST = 6  # characters: below that a value is no secret, and hiding it would hide ordinary words
 USER_INFO = re.compile(r"(?<=://)[^/\s@:]+:[^/\s@]+(?=@)")
-SIGNATURE = re.compile(
-    r"(?i)([?&](?:sig|signature|x-goog-signature|x-amz-signature|token|key|api_key|access_token)=)[^&\s#'\"]+"
-)
+SIGNATURE = re.compile(r"(?i)([?&](?:sig|signature|x-goog-signature|x-amz-signature|token|key|api_key|access_token)=)[^&\s#'\"]+")
 BEARER = re.compile(r"(?i)(bearer\s+)[^\s'\",]+")
 
 

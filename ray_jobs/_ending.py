@@ -41,7 +41,7 @@ def stoppable() -> Iterator[Any]:
     """A bell that SIGTERM rings. When the workers have left, the process ends with status 143."""
     import ray
 
-    bell = ray.remote(num_cpus=0)(Bell).remote()
+    bell: Any = ray.remote(num_cpus=0)(Bell).remote()
     asked, over = threading.Event(), threading.Event()
 
     def watch() -> None:

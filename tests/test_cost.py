@@ -51,14 +51,21 @@ def test_the_ways_out_that_a_refusal_names_are_ways_out(way_out: str) -> None:
 
 
 def test_more_gpus_than_the_cluster_may_have_are_refused() -> None:
-    with pytest.raises(cost.Refused, match=r"are 8 GPUs, but the cluster has at most 4 .*Try cluster.max_workers=8 or train.workers=4"):
+    with pytest.raises(
+        cost.Refused, match=r"are 8 GPUs, but the cluster has at most 4 .*Try cluster.max_workers=8 or train.workers=4"
+    ):
         cost.estimate(sd14("--train.workers=8"), "runpod", 1000)
     with pytest.raises(cost.Refused, match="usd_per_hour_max=1"):
         cost.estimate(sd14("--cluster.usd_per_hour_max=1"), "runpod", 1000)
 
 
 @limits(max_examples=40, deadline=None)
-@given(images=st.integers(64, 10**6), works=st.integers(1, 10**6), workers=st.integers(1, 4), cloud=st.sampled_from(["runpod", "gke"]))
+@given(
+    images=st.integers(64, 10**6),
+    works=st.integers(1, 10**6),
+    workers=st.integers(1, 4),
+    cloud=st.sampled_from(["runpod", "gke"]),
+)
 def test_more_costs_more(images: int, works: int, workers: int, cloud: cost.Cloud) -> None:
     less, more = (SD14.model_copy(update={"train": SD14.train.model_copy(update={"images": factor * images, "workers": workers})})
                   for factor in (1, 2))  # fmt: skip

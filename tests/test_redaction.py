@@ -11,7 +11,9 @@ from momalisa.redaction import HIDDEN, redact, redacted
 SECRET = "planted-secret-0123456789"
 
 
-@pytest.mark.parametrize("name", ["RUNPOD_API_KEY", "RAY_AUTH_TOKEN", "wandb_api_key", "REDIS_PASSWORD", "GOOGLE_CREDENTIALS_JSON", "A_SECRET"])
+@pytest.mark.parametrize(
+    "name", ["RUNPOD_API_KEY", "RAY_AUTH_TOKEN", "wandb_api_key", "REDIS_PASSWORD", "GOOGLE_CREDENTIALS_JSON", "A_SECRET"]
+)
 def test_values_of_secret_variables_go(name: str) -> None:
     assert redact(f"it said {SECRET}.", {name: SECRET}) == f"it said {HIDDEN}."
 

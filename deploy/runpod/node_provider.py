@@ -39,11 +39,11 @@ class ProviderError(click.ClickException):
     """`ray up` prints its message alone."""
 
 
-class MappedPortRunner(SSHCommandRunner):  # type: ignore[misc]
+class MappedPortRunner(SSHCommandRunner):
     """SSH on the port that RunPod maps, asked for anew with each command: a restarted pod gets another one."""
 
     def _get_ssh_target(self) -> str:
-        self._ensure_ssh_control_path()
+        self._ensure_ssh_control_path()  # type: ignore[no-untyped-call]
         host, port = self.provider.ssh_endpoint(self.node_id, self.use_internal_ip)
         self.ssh_options.arg_dict["Port"] = port
         return str(host)
@@ -58,7 +58,7 @@ class MappedPortRunner(SSHCommandRunner):  # type: ignore[misc]
         return f"ssh -o IdentitiesOnly=yes{key} -p {self.ssh_options.arg_dict['Port']} {self.ssh_user}@{host}\n"
 
 
-class RunpodNodeProvider(NodeProvider):  # type: ignore[misc]
+class RunpodNodeProvider(NodeProvider):
     """Pods of one cluster. Thread-safe: Ray's launchers, updaters and main loop share it."""
 
     def __init__(self, provider_config: dict[str, Any], cluster_name: str) -> None:
@@ -109,12 +109,12 @@ class RunpodNodeProvider(NodeProvider):  # type: ignore[misc]
         with self._lock:
             self._later_tags.setdefault(node_id, {}).update(tags)
 
-    def internal_ip(self, node_id: str) -> str | None:
+    def internal_ip(self, node_id: str) -> str | None:  # type: ignore[override]  # Ray waits for it
         """The address in RunPod's global network; None until it is given."""
         pod = self._known(node_id)
         return pod["globalNetworking"].get("ip") if pod else None
 
-    def external_ip(self, node_id: str) -> str | None:
+    def external_ip(self, node_id: str) -> str | None:  # type: ignore[override]
         """The address that the SSH port is mapped on; None until it is."""
         mapping = self._mapping(self._known(node_id))
         return mapping[0] if mapping else None
@@ -164,7 +164,7 @@ class RunpodNodeProvider(NodeProvider):  # type: ignore[misc]
         docker_config: dict[str, Any] | None = None,
     ) -> MappedPortRunner:
         """The pod is the container: `docker_config` is not looked at."""
-        return MappedPortRunner(
+        return MappedPortRunner(  # type: ignore[no-untyped-call]
             log_prefix, node_id, self, auth_config, cluster_name, process_runner, use_internal_ip=use_internal_ip
         )
 
@@ -298,9 +298,7 @@ class RunpodNodeProvider(NodeProvider):  # type: ignore[misc]
             raise ProviderError(unknown_gpu(gpu, self._prices))
         return self._prices[gpu]
 
-    def _body(
-        self, node_config: dict[str, Any], tags: dict[str, str], name: str, gpu: str, region: str | None
-    ) -> dict[str, Any]:
+    def _body(self, node_config: dict[str, Any], tags: dict[str, str], name: str, gpu: str, region: str | None) -> dict[str, Any]:
         """A CreatePodRequest. Secrets are references that RunPod fills in."""
         secrets = {secret: f"{{{{ RUNPOD_SECRET_{secret} }}}}" for secret in self.provider_config["secrets"]}
         own = {

@@ -23,8 +23,8 @@ from momalisa.config.serving import Serve
 from momalisa.config.training import Diffusion, Promote, Train, Wandb
 
 __all__ = [
-    "AIC_API", "EVALUATION_PROMPTS", "Caption", "Cluster", "Collect", "ConfigError", "Diffusion", "Encode", "Promote", "Section", "Serve",
-    "Settings", "Source", "Train", "Wandb", "command_line", "from_file",
+    "AIC_API", "EVALUATION_PROMPTS", "Caption", "Cluster", "Collect", "ConfigError", "Diffusion", "Encode", "Promote", "Section",
+    "Serve", "Settings", "Source", "Train", "Wandb", "command_line", "from_file",
 ]  # fmt: skip
 
 SHORT_OPTIONS = {"--refresh": "--collect.refresh=true", "--retry-failed": "--collect.retry_failed=true"}

@@ -94,7 +94,9 @@ class Cluster(Section):
     @model_validator(mode="after")
     def _rules(self) -> Cluster:
         if self.min_workers > self.max_workers:
-            raise ValueError(f"min_workers={self.min_workers} is more than max_workers={self.max_workers}; try {self.max_workers}")
+            raise ValueError(
+                f"min_workers={self.min_workers} is more than max_workers={self.max_workers}; try {self.max_workers}"
+            )
         return self
 
     @property

@@ -22,7 +22,9 @@ def missing() -> str:
     """Why namespaces cannot be made here; empty where they can."""
     if os.geteuid() != 0:
         return "needs root to make network namespaces"
-    lacking = [tool for tool in ("ip", "unshare", "sshd", "rsync") if not shutil.which(tool, path=os.environ["PATH"] + ":/usr/sbin")]
+    lacking = [
+        tool for tool in ("ip", "unshare", "sshd", "rsync") if not shutil.which(tool, path=os.environ["PATH"] + ":/usr/sbin")
+    ]
     if lacking:
         return f"needs {', '.join(lacking)} (apt-get install iproute2 util-linux openssh-server rsync)"
     probe = f"mo{secrets.token_hex(3)}"
@@ -101,10 +103,19 @@ class Machines:
         Path("/tmp/ray").mkdir(exist_ok=True)
         home = folder / "root"  # this machine's own passwd names it: the host's python may lie below /root
         (folder / "passwd").write_text(f"root:x:0:0::{home}:/bin/bash\nsshd:x:100:65534::/run/sshd:/usr/sbin/nologin\n")
-        script = f"mount --bind {folder}/passwd /etc/passwd && mount --bind {folder}/ray /tmp/ray && exec {HOME}/deploy/entrypoint.sh"
+        script = (
+            f"mount --bind {folder}/passwd /etc/passwd && mount --bind {folder}/ray /tmp/ray && exec {HOME}/deploy/entrypoint.sh"
+        )
         container = ["unshare", "--mount", "--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc", "bash", "-c", script]
-        base = {"PATH": f"{BIN}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": str(home), "LANG": "C.UTF-8",
-                "MOMALISA_HOME": str(HOME), "PYTHONPATH": str(HOME), "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}  # fmt: skip
+        base = {
+            "PATH": f"{BIN}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "HOME": str(home),
+            "LANG": "C.UTF-8",
+            "MOMALISA_HOME": str(HOME),
+            "PYTHONPATH": str(HOME),
+            "OMP_NUM_THREADS": "1",
+            "RAY_worker_niceness": "0",
+        }
         env = {**base, **self.image, **env}
         with open(folder / "log", "wb") as log:
             process = subprocess.Popen(["ip", "netns", "exec", space, *container], env=env, stdout=log, stderr=log)
@@ -126,7 +137,13 @@ class Machines:
 
     def cut(self, name: str, whole: bool = False) -> None:
         """Partition: the cable is out (or, not `whole`, in again)."""
-        ip("-n", f"mo{self.tag}-{name}", "link", "set", f"v{self.tag[:4]}{self.machines[name].address.split('.')[-1]}b",
-           "up" if whole else "down")  # fmt: skip
+        ip(
+            "-n",
+            f"mo{self.tag}-{name}",
+            "link",
+            "set",
+            f"v{self.tag[:4]}{self.machines[name].address.split('.')[-1]}b",
+            "up" if whole else "down",
+        )
         if whole:
             ip("-n", f"mo{self.tag}-{name}", "route", "replace", "default", "via", self.gateway)

@@ -1,4 +1,4 @@
-"""deploy/gke.sh against recorded gcloud, kubectl and helm: what it makes, what it refuses before making anything, no secret told."""
+"""deploy/gke.sh against recorded gcloud, kubectl and helm: what it makes, what it refuses before that, and no secret told."""
 
 from __future__ import annotations
 
@@ -50,8 +50,16 @@ def made(asked: list[str]) -> list[str]:
 def test_everything_is_made_and_no_secret_is_in_a_command_line(tools: Path) -> None:
     done, asked = run(tools, PROJECT="mine", BUCKET="new", WANDB_API_KEY="planted-wandb-key")
     assert done.returncode == 0, done.stderr
-    order = ["buckets create gs://new", "clusters create momalisa", "node-pools create gpu", "service-accounts create momalisa",
-             "helm upgrade", "create namespace momalisa-dev", "create secret generic momalisa-secrets", "kubectl apply -k"]  # fmt: skip
+    order = [
+        "buckets create gs://new",
+        "clusters create momalisa",
+        "node-pools create gpu",
+        "service-accounts create momalisa",
+        "helm upgrade",
+        "create namespace momalisa-dev",
+        "create secret generic momalisa-secrets",
+        "kubectl apply -k",
+    ]
     places = [next(index for index, line in enumerate(asked) if step in line) for step in order]
     assert places == sorted(places)
     assert "--spot" in asked[places[2]]

@@ -73,10 +73,16 @@ def test_the_files_are_what_the_settings_say() -> None:
 
 def test_a_changed_setting_changes_both_clouds() -> None:
     before, after = (
-        rendered(from_file(str(HOME / CONFIG), changes), CONFIG) for changes in ([], ["--cluster.max_workers=7", "--cluster.image=x:2"])
+        rendered(from_file(str(HOME / CONFIG), changes), CONFIG)
+        for changes in ([], ["--cluster.max_workers=7", "--cluster.image=x:2"])
     )
     changed = {str(path) for path in before if before[path] != after[path]}
-    assert {"cluster.yaml", "deploy/gke/base/raycluster.yaml", "deploy/gke/jobs/train.yaml", "deploy/gke/base/rayservice.yaml"} <= changed
+    assert {
+        "cluster.yaml",
+        "deploy/gke/base/raycluster.yaml",
+        "deploy/gke/jobs/train.yaml",
+        "deploy/gke/base/rayservice.yaml",
+    } <= changed
 
 
 @functools.cache
@@ -117,7 +123,9 @@ def test_kuberay_knows_every_field() -> None:
 def test_kubernetes_knows_every_field() -> None:
     kubernetes_validate = pytest.importorskip("kubernetes_validate")
     found = [item for item in everything() if item["apiVersion"] != "ray.io/v1"]
-    assert {"ServiceAccount", "NetworkPolicy", "PodDisruptionBudget", "StatefulSet", "Service"} == {item["kind"] for item in found}
+    assert {"ServiceAccount", "NetworkPolicy", "PodDisruptionBudget", "StatefulSet", "Service"} == {
+        item["kind"] for item in found
+    }
     templates = [group["template"] for item in everything() if item["kind"] == "RayCluster" for group in groups(item["spec"])]
     pods = [{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": template["spec"]} for template in templates]
     for item in [*found, *pods]:
@@ -129,8 +137,11 @@ def groups(spec: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def spec_of(item: dict[str, Any]) -> dict[str, Any] | None:
-    return {"RayCluster": lambda spec: spec, "RayJob": lambda spec: spec["rayClusterSpec"],
-            "RayService": lambda spec: spec["rayClusterConfig"]}.get(item["kind"], lambda spec: None)(item.get("spec"))  # fmt: skip
+    return {
+        "RayCluster": lambda spec: spec,
+        "RayJob": lambda spec: spec["rayClusterSpec"],
+        "RayService": lambda spec: spec["rayClusterConfig"],
+    }.get(item["kind"], lambda spec: None)(item.get("spec"))
 
 
 def test_every_cluster_is_locked_down() -> None:
@@ -158,8 +169,12 @@ def test_control_ports_are_open_to_ray_and_the_operator_alone() -> None:
         outside = any("ipBlock" in source for source in rule["from"])
         assert not outside or ports == {8000}
         assert ports or rule["from"] == [{"podSelector": policies["ray"]["podSelector"]}]
-    assert not any(port["port"] in kuberay.CONTROL_PORTS for rule in policies["ray"]["ingress"] for port in rule.get("ports", [])
-                   if any("ipBlock" in source for source in rule["from"]))  # fmt: skip
+    assert not any(
+        port["port"] in kuberay.CONTROL_PORTS
+        for rule in policies["ray"]["ingress"]
+        for port in rule.get("ports", [])
+        if any("ipBlock" in source for source in rule["from"])
+    )
 
 
 def test_the_overlays() -> None:
@@ -179,7 +194,9 @@ def test_what_serve_is_given_is_accepted_by_ray() -> None:
     (service,) = load(GKE / "base" / "rayservice.yaml")
     made = ServeDeploySchema(**yaml.safe_load(service["spec"]["serveConfigV2"]))
     assert made.applications[0].import_path == committed.applications[0].import_path
-    assert [item.name for item in made.applications[0].deployments] == [item.name for item in committed.applications[0].deployments]
+    assert [item.name for item in made.applications[0].deployments] == [
+        item.name for item in committed.applications[0].deployments
+    ]
     assert made.applications[0].args["config"] == CONFIG
     assert made.applications[0].deployments[1].ray_actor_options.num_gpus == 1
     assert service["spec"]["upgradeStrategy"]["type"] == "NewClusterWithIncrementalUpgrade"

@@ -97,7 +97,9 @@ def test_without_capacity_the_next_region_and_the_next_gpu_are_asked(runpod: Fak
     assert len(runpod.pods) == 2
 
 
-@pytest.mark.parametrize(("status", "detail", "said"), [(402, "balance", "add credit"), (400, "quota exceeded", "quota is used up")])
+@pytest.mark.parametrize(
+    ("status", "detail", "said"), [(402, "balance", "add credit"), (400, "quota exceeded", "quota is used up")]
+)
 def test_no_money_is_not_tried_with_other_gpus(runpod: FakeRunpod, status: int, detail: str, said: str) -> None:
     runpod.faults = [Fault("POST", "/v2/pods", status, times=9, detail=detail)]
     with pytest.raises(ProviderError, match=said):
@@ -166,7 +168,11 @@ def test_a_pod_that_failed_is_given_back_with_its_reason(
     with caplog.at_level(logging.ERROR):
         assert ours.is_terminated(pod_id)
     assert runpod.pods == {}
-    expected = {"dies": "it is ERROR", "cannot be pulled": "after 600 s; its log ends: error pulling image image:1", "stopped": "EXITED"}
+    expected = {
+        "dies": "it is ERROR",
+        "cannot be pulled": "after 600 s; its log ends: error pulling image image:1",
+        "stopped": "EXITED",
+    }
     assert expected[status] in caplog.text
     assert ours.non_terminated_nodes({}) == []
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 
@@ -53,7 +56,9 @@ def laptop(cloud: FakeRunpod, tmp_path_factory: pytest.TempPathFactory) -> Calla
     config["available_node_types"]["head"]["resources"] = {"CPU": 1, "GPU": 0}
     config["available_node_types"]["gpu"] |= {"max_workers": 2, "resources": {"CPU": 1, "GPU": 1}}
     for commands in ("head_start_ray_commands", "worker_start_ray_commands"):
-        config[commands] = [f"{line} --object-store-memory=100000000" if "ray start" in line else line for line in config[commands]]
+        config[commands] = [
+            f"{line} --object-store-memory=100000000" if "ray start" in line else line for line in config[commands]
+        ]
     (folder / "cluster.yaml").write_text(yaml.safe_dump(config))
     environment = {**os.environ, "RUNPOD_API_KEY": KEY, "MOMALISA_RUNPOD_URL": cloud.url, "MOMALISA_STATE": str(folder),
                    "PYTHONPATH": str(HOME), "RAY_USAGE_STATS_ENABLED": "0", "RAY_UP_enable_autoscaler_v2": "1"}  # fmt: skip
@@ -64,7 +69,32 @@ def laptop(cloud: FakeRunpod, tmp_path_factory: pytest.TempPathFactory) -> Calla
             line, capture_output=True, text=True, check=False, timeout=300, env={**environment, **changes}, cwd=folder
         )
 
+    ray.folder, ray.environment = folder, environment  # type: ignore[attr-defined]
     return ray
+
+
+def through_the_tunnel(folder: Path, environment: dict[str, str]) -> tuple[int, int]:
+    """What the head's dashboard answers through `ray dashboard`, without and with the token."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(BIN / "ray"), "dashboard", str(folder / "cluster.yaml"), "--port", str(port)]
+    tunnel = subprocess.Popen(command, env=environment, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                              start_new_session=True)  # fmt: skip
+    address = f"http://127.0.0.1:{port}/api/jobs/"
+
+    def listening() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    try:
+        wait_for(listening, 30, "the tunnel")
+        return httpx.get(address, timeout=10).status_code, httpx.get(
+            address, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=10
+        ).status_code
+    finally:
+        os.killpg(tunnel.pid, signal.SIGTERM)
+        tunnel.wait()
 
 
 def workers(cloud: FakeRunpod) -> list[str]:
@@ -92,6 +122,8 @@ def test_a_cluster_comes_works_survives_faults_and_goes(cloud: FakeRunpod, lapto
     assert cloud.made == ["test-head"]
     assert KEY not in up.stdout + up.stderr
     assert TOKEN not in up.stdout + up.stderr
+
+    assert through_the_tunnel(laptop.folder, laptop.environment) == (401, 200)
 
     cloud.dying = 1  # the first worker dies while starting
     cloud.faults = [Fault("POST", "/v2/pods", 500, after=True), Fault("POST", "/v2/pods", 400, detail="no instances available")]

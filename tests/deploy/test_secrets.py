@@ -15,12 +15,15 @@ from tests.deploy.namespaces import HOME
 from tests.integration.test_kill import SMALL
 
 PLANTED = {
-    "RUNPOD_API_KEY": "rpa_planted-aaaaaaaaaaaaaaaa", "RAY_AUTH_TOKEN": "planted-bbbbbbbbbbbbbbbbbbbbbb",
-    "WANDB_API_KEY": "planted" + "c" * 33, "GOOGLE_CREDENTIALS_JSON": '{"private_key": "planted-dddddddddddd"}',
+    "RUNPOD_API_KEY": "rpa_planted-aaaaaaaaaaaaaaaa",
+    "RAY_AUTH_TOKEN": "planted-bbbbbbbbbbbbbbbbbbbbbb",
+    "WANDB_API_KEY": "planted" + "c" * 33,
+    "GOOGLE_CREDENTIALS_JSON": '{"private_key": "planted-dddddddddddd"}',
     "REDIS_PASSWORD": "planted-eeeeeeeeeeeeeeeeeee",
-}  # fmt: skip
+}
 KEY_SHAPES = re.compile(
-    rb"rpa_[A-Z0-9]{30,}|AKIA[0-9A-Z]{16}|-----BEGIN [A-Z ]*PRIVATE KEY-----|hf_[A-Za-z0-9]{30,}|AIza[0-9A-Za-z_-]{35}|ghp_[0-9A-Za-z]{36}"
+    rb"rpa_[A-Z0-9]{30,}|AKIA[0-9A-Z]{16}|-----BEGIN [A-Z ]*PRIVATE KEY-----|hf_[A-Za-z0-9]{30,}"
+    rb"|AIza[0-9A-Za-z_-]{35}|ghp_[0-9A-Za-z]{36}"
 )
 
 
@@ -46,18 +49,34 @@ def test_a_miniature_run_writes_no_secret_anywhere(tmp_path: Path) -> None:
         source = f"--collect.source.location={address.replace('://', '://visitor:planted-ffffffff@')}/collection.csv"
         small = [option for option in SMALL if not option.startswith("--wandb")]
         command = [sys.executable, "-m", "ray_jobs.pipeline", "--config", "configs/demo.yaml", f"--root={root}", source, *small]
-        environment = {**os.environ, **PLANTED, "RAY_worker_niceness": "0", "RAY_AUTH_MODE": "disabled", "WANDB_MODE": "offline",
-                       "RAY_TMPDIR": str(work), "MOMALISA_RUNPOD_URL": "http://127.0.0.1:9"}  # fmt: skip
+        environment = {
+            **os.environ,
+            **PLANTED,
+            "RAY_worker_niceness": "0",
+            "RAY_AUTH_MODE": "disabled",
+            "WANDB_MODE": "offline",
+            "RAY_TMPDIR": str(work),
+            "MOMALISA_RUNPOD_URL": "http://127.0.0.1:9",
+        }
         environment.pop("RAY_ADDRESS", None)
         done = subprocess.run(
             [*command, "--wandb.mode=offline"], cwd=HOME, env=environment, capture_output=True, check=False, timeout=380
         )
-        listing = subprocess.run([sys.executable, "-m", "deploy.runpod", "ls"], cwd=HOME, env={**environment, "RUNPOD_API_KEY": ""},
-                                 capture_output=True, check=False)  # fmt: skip
+        listing = subprocess.run(
+            [sys.executable, "-m", "deploy.runpod", "ls"],
+            cwd=HOME,
+            env={**environment, "RUNPOD_API_KEY": ""},
+            capture_output=True,
+            check=False,
+        )
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     texts = {"stdout": done.stdout + listing.stdout, "stderr": done.stderr + listing.stderr}
     texts |= {str(path.relative_to(tmp_path)): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert len(texts) > 20
     assert any(name.endswith(".wandb") for name in texts)
-    leaks = {name: text[max(text.find(b"planted") - 80, 0) :][:200] for name, text in texts.items() if re.search(rb"planted-?[a-f]{8}", text)}
+    leaks = {
+        name: text[max(text.find(b"planted") - 80, 0) :][:200]
+        for name, text in texts.items()
+        if re.search(rb"planted-?[a-f]{8}", text)
+    }
     assert not leaks

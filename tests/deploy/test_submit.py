@@ -28,7 +28,6 @@ TOKEN = "planted-token-of-the-test-9876543210"
 LIMIT_BYTES = 100 * 1024 * 1024
 
 
-
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -60,7 +59,9 @@ def test_no_variable_of_a_job_holds_a_secret() -> None:
     ],
 )
 def test_a_mistake_is_found_before_anything_is_sent(arguments: list[str], said: str) -> None:
-    refused = subprocess.run([sys.executable, "-m", "deploy.submit", *arguments], cwd=HOME, capture_output=True, text=True, check=False)
+    refused = subprocess.run(
+        [sys.executable, "-m", "deploy.submit", *arguments], cwd=HOME, capture_output=True, text=True, check=False
+    )
     assert (refused.returncode, said in refused.stderr) == (2, True)
 
 
@@ -76,15 +77,33 @@ def test_no_cluster_at_the_address() -> None:
 class Cluster:
     def __init__(self, folder: Path) -> None:
         self.dashboard, self.gcs, self.agent = free_port(), free_port(), free_port()
-        self.environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_worker_niceness": "0",
-                            "RAY_ADDRESS": f"http://127.0.0.1:{self.dashboard}", "RAY_JOB_STOP_WAIT_TIME_S": "60",
-                            "PATH": f"{BIN}:{os.environ['PATH']}"}  # fmt: skip
-        where = ["--node-ip-address=127.0.0.1", f"--port={self.gcs}", f"--dashboard-port={self.dashboard}", "--dashboard-host=127.0.0.1",
-                 f"--dashboard-agent-listen-port={self.agent}", "--num-cpus=3", "--object-store-memory=100000000"]  # fmt: skip
+        self.environment = {
+            **os.environ,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": TOKEN,
+            "RAY_worker_niceness": "0",
+            "RAY_ADDRESS": f"http://127.0.0.1:{self.dashboard}",
+            "RAY_JOB_STOP_WAIT_TIME_S": "60",
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+        }
+        where = [
+            "--node-ip-address=127.0.0.1",
+            f"--port={self.gcs}",
+            f"--dashboard-port={self.dashboard}",
+            "--dashboard-host=127.0.0.1",
+            f"--dashboard-agent-listen-port={self.agent}",
+            "--num-cpus=3",
+            "--object-store-memory=100000000",
+        ]
         started = {name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"}
         with open(folder / "ray.log", "wb") as log:
-            self.process = subprocess.Popen([str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats", *where],
-                                            env=started, stdout=log, stderr=log, start_new_session=True)  # fmt: skip
+            self.process = subprocess.Popen(
+                [str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats", *where],
+                env=started,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
 
     def status(self, port: int, path: str, token: str | None = TOKEN, method: str = "GET") -> int:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -121,12 +140,26 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 CONTROL = [
-    ("GET", "/api/jobs/"), ("POST", "/api/jobs/"), ("GET", "/api/jobs/x/logs"), ("POST", "/api/jobs/x/stop"), ("DELETE", "/api/jobs/x"),
-    ("GET", "/api/packages/gcs/x.zip"), ("PUT", "/api/packages/gcs/x.zip"), ("GET", "/api/cluster_status"), ("GET", "/nodes?view=summary"),
-    ("GET", "/logical/actors"), ("GET", "/logical/kill_actor"), ("GET", "/api/v0/tasks"), ("GET", "/api/v0/logs"),
-    ("GET", "/api/serve/applications/"), ("PUT", "/api/serve/applications/"), ("DELETE", "/api/serve/applications/"),
-    ("GET", "/worker/traceback?pid=1"), ("GET", "/memory_profile?pid=1"), ("GET", "/events"),
-]  # fmt: skip
+    ("GET", "/api/jobs/"),
+    ("POST", "/api/jobs/"),
+    ("GET", "/api/jobs/x/logs"),
+    ("POST", "/api/jobs/x/stop"),
+    ("DELETE", "/api/jobs/x"),
+    ("GET", "/api/packages/gcs/x.zip"),
+    ("PUT", "/api/packages/gcs/x.zip"),
+    ("GET", "/api/cluster_status"),
+    ("GET", "/nodes?view=summary"),
+    ("GET", "/logical/actors"),
+    ("GET", "/logical/kill_actor"),
+    ("GET", "/api/v0/tasks"),
+    ("GET", "/api/v0/logs"),
+    ("GET", "/api/serve/applications/"),
+    ("PUT", "/api/serve/applications/"),
+    ("DELETE", "/api/serve/applications/"),
+    ("GET", "/worker/traceback?pid=1"),
+    ("GET", "/memory_profile?pid=1"),
+    ("GET", "/events"),
+]
 AGENT = [("POST", "/api/job_agent/jobs/"), ("POST", "/api/job_agent/jobs/x/stop"), ("GET", "/api/job_agent/jobs/x/logs")]
 
 
@@ -149,9 +182,20 @@ def test_every_control_endpoint_wants_the_token(cluster: Cluster) -> None:
 def settings(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     from momalisa.config import from_file
 
-    options = {"root": tmp_path / "stopped", "diffusion.model": tiny_base, "train.images": 3200, "train.batch": 16, "train.cell": 4,
-               "train.workers": 2, "train.precision": "fp32", "train.learning_rate": 1e-3, "train.checkpoint_every_images": 100000,
-               "train.evaluate_every_steps": 100000, "wandb.mode": "disabled", "train.evaluation_prompts": "[]"}  # fmt: skip
+    options = {
+        "root": tmp_path / "stopped",
+        "diffusion.model": tiny_base,
+        "train.images": 3200,
+        "train.batch": 16,
+        "train.cell": 4,
+        "train.workers": 2,
+        "train.precision": "fp32",
+        "train.learning_rate": 1e-3,
+        "train.checkpoint_every_images": 100000,
+        "train.evaluate_every_steps": 100000,
+        "wandb.mode": "disabled",
+        "train.evaluation_prompts": "[]",
+    }
     made = from_file(str(HOME / "configs" / "demo.yaml"), [f"--{key}={value}" for key, value in options.items()])
     test_elastic.publish(made)
     return made
@@ -161,13 +205,33 @@ def settings(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.timeout(400)
 def test_a_stopped_job_goes_on_from_its_very_step(cluster: Cluster, settings: Settings, tmp_path: Path) -> None:
     """Ctrl-C leaves it running, `ray job stop` writes a checkpoint, the same command ends with the weights of one run."""
-    overrides = [f"--{name}={value}" for name, value in {
-        "root": settings.root, "diffusion.model": settings.diffusion.model, "train.images": 3200, "train.batch": 16, "train.cell": 4,
-        "train.workers": 2, "train.precision": "fp32", "train.learning_rate": 1e-3, "train.checkpoint_every_images": 100000,
-        "train.evaluate_every_steps": 100000, "wandb.mode": "disabled", "train.evaluation_prompts": "[]"}.items()]  # fmt: skip
+    overrides = [
+        f"--{name}={value}"
+        for name, value in {
+            "root": settings.root,
+            "diffusion.model": settings.diffusion.model,
+            "train.images": 3200,
+            "train.batch": 16,
+            "train.cell": 4,
+            "train.workers": 2,
+            "train.precision": "fp32",
+            "train.learning_rate": 1e-3,
+            "train.checkpoint_every_images": 100000,
+            "train.evaluate_every_steps": 100000,
+            "wandb.mode": "disabled",
+            "train.evaluation_prompts": "[]",
+        }.items()
+    ]
     command = [sys.executable, "-m", "deploy.submit", "train", "--config", "configs/demo.yaml", *overrides]
-    first = subprocess.Popen(command, cwd=HOME, env=cluster.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                             start_new_session=True)  # fmt: skip
+    first = subprocess.Popen(
+        command,
+        cwd=HOME,
+        env=cluster.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     assert first.stdout is not None
     said = ""
     while "train 480/3200" not in said:

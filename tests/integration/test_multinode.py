@@ -6,11 +6,8 @@ The settings that decide how long a recovery takes are cluster.yaml's own.
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,7 +149,9 @@ def test_a_machine_is_lost_and_the_result_is_the_same(
     elif fault == "partition":
         site.machines.cut(lost.name)
     elif fault == "notice":
-        subprocess.run(lost.inside(str(BIN / "python"), "-m", "deploy.drain", "--within-s", "25"), env=lost.env, cwd=HOME, check=True)
+        subprocess.run(
+            lost.inside(str(BIN / "python"), "-m", "deploy.drain", "--within-s", "25"), env=lost.env, cwd=HOME, check=True
+        )
         reached = seen(log)[-1]
         lines = len(seen(log))
     else:
