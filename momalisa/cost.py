@@ -64,9 +64,9 @@ def estimate(settings: Settings, cloud: Cloud, works: int) -> Estimate:
     gpus = max(math.ceil(train.workers * train.gpus_per_worker), 1)
     if gpus > (most := cluster.max_workers * cluster.gpus_per_node):
         raise Refused(
-            f"train.workers={train.workers} x gpus_per_worker={train.gpus_per_worker:g} are {gpus} GPUs, but the cluster has at "
-            f"most {most} (cluster.max_workers={cluster.max_workers} x gpus_per_node={cluster.gpus_per_node}): the job would wait "
-            f"for ever. Try cluster.max_workers={math.ceil(gpus / cluster.gpus_per_node)} or train.workers={most}"
+            f"train.workers={train.workers} x gpus_per_worker={train.gpus_per_worker:g} are {gpus} GPUs, but the cluster has "
+            f"at most {most} (cluster.max_workers={cluster.max_workers} x gpus_per_node={cluster.gpus_per_node}): the job would "
+            f"wait for ever. Try cluster.max_workers={math.ceil(gpus / cluster.gpus_per_node)} or train.workers={most}"
         )
     nodes = math.ceil(gpus / cluster.gpus_per_node)
     one_gpu, basis = images_per_s(settings, gpu)
@@ -101,7 +101,7 @@ def estimate(settings: Settings, cloud: Cloud, works: int) -> Estimate:
             basis,
             f"{which}, {4 * parameters / 1e9:.3g} GB of gradients in fp32",
             f"{link:g} Mbit/s between nodes, as {'RunPod documents for global networking' if cloud == 'runpod' else 'GKE gives'}",
-            f"list prices in the settings (cluster.gpus): ${price:g} an hour for a {gpu.runpod if cloud == 'runpod' else gpu.gke}",
+            f"list prices in the settings (cluster.gpus): ${price:g}/h for a {gpu.runpod if cloud == 'runpod' else gpu.gke}",
             f"{works:,} works, {STARTUP_H * 60:.0f} minutes to rent and load",
         ),
     )

@@ -40,8 +40,10 @@ class Bell:
 def stoppable() -> Iterator[Any]:
     """A bell that SIGTERM rings. When the workers have left, the process ends with status 143."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    bell: Any = ray.remote(num_cpus=0)(Bell).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # lives as long as the job
+    bell: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Bell).remote()
     asked, over = threading.Event(), threading.Event()
 
     def watch() -> None:

@@ -87,9 +87,9 @@ class Cluster(Section):
     stop_within_s: Positive = 120
     """`ray job stop` waits this long for training to write its checkpoint."""
     health_check_period_ms: Positive = 2_000
-    health_check_timeout_ms: Positive = 4_000
-    health_check_failures: Positive = 4
-    """A node that misses this many checks in a row is dead: a partition is noticed after about 20 s."""
+    health_check_timeout_ms: Positive = 3_000
+    health_check_failures: Positive = 3
+    """A node that misses this many checks in a row is dead: a partition is noticed after about 15 s."""
 
     @model_validator(mode="after")
     def _rules(self) -> Cluster:

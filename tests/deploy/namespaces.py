@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,8 +49,18 @@ class Machine:
 
     def inside(self, *command: str) -> list[str]:
         """The command line that runs a command in this machine's namespaces."""
-        first = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()[0]
+        first = self._first()
         return ["nsenter", "-t", first, "-n", "-m", "-p", "--", *command]
+
+    def _first(self) -> str:
+        """Its first process, once that is the entrypoint."""
+        deadline = time.monotonic() + 20
+        while True:
+            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+            if children and b"mount" not in (line := Path(f"/proc/{children[0]}/cmdline").read_bytes()) and b"entrypoint" in line:
+                return children[0]
+            assert time.monotonic() < deadline, (self.folder / "log").read_text()
+            time.sleep(0.02)
 
     def run(self, script: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """A bash script on this machine, in its environment."""
