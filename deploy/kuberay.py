@@ -48,7 +48,7 @@ def cluster_spec(cluster: Cluster) -> Object:
     return {
         "rayVersion": RAY_VERSION,
         "authOptions": {"mode": "token"},  # KubeRay makes the token, a Secret named after the cluster
-        "tlsOptions": {"enabled": False},  # true: mutual TLS between nodes, certificates by cert-manager
+        "tlsOptions": {"enabled": cluster.tls},
         "enableInTreeAutoscaling": True,
         "autoscalerOptions": {
             "version": "v2",

@@ -70,6 +70,8 @@ class Cluster(Section):
     """No pod is rented that takes the cluster above this."""
     usd_total_max: Usd = 100.0
     """At this sum the provider gives every pod back, the head last."""
+    tls: bool = False
+    """Mutual TLS between the nodes of a GKE cluster (KubeRay and cert-manager); for others see SECURITY.md."""
     start_timeout_s: Positive = 900
     """A pod that does not run by then is given back (an image that cannot be pulled looks like this)."""
     secrets: tuple[str, ...] = ("RUNPOD_API_KEY", "RAY_AUTH_TOKEN", "WANDB_API_KEY", "GOOGLE_CREDENTIALS_JSON")
