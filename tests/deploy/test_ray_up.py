@@ -88,7 +88,7 @@ def through_the_tunnel(folder: Path, environment: dict[str, str]) -> tuple[int, 
             return probe.connect_ex(("127.0.0.1", port)) == 0
 
     try:
-        wait_for(listening, 30, "the tunnel")
+        wait_for(listening, 90, "the tunnel")
         return httpx.get(address, timeout=10).status_code, httpx.get(
             address, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=10
         ).status_code
