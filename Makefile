@@ -8,9 +8,10 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/demo.yaml
+ON ?= runpod
 
 .DEFAULT_GOAL := help
-.PHONY: help demo stop test test-slow check format submit weights evaluate clean-venv
+.PHONY: help demo stop test test-slow check format submit plan manifests gke lock image-check sbom audit weights evaluate clean-venv
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,7 +49,32 @@ format: $(VENV)/.ready ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 submit: $(VENV)/.ready ## one stage on a running cluster: make submit STAGE=train CONFIG=configs/sd14.yaml
-	$(BIN)/ray job submit --runtime-env runtime_env.yaml -- python -m ray_jobs.$(STAGE) --config $(CONFIG)
+	$(BIN)/python -m deploy.submit $(STAGE) --config $(CONFIG) $(ARGS)
+
+plan: $(VENV)/.ready ## what a run will cost: make plan CONFIG=configs/sd14.yaml ON=runpod
+	$(BIN)/python -m ray_jobs.plan --config $(CONFIG) --on $(ON) $(ARGS)
+
+manifests: $(VENV)/.ready ## cluster.yaml and deploy/gke from the settings
+	$(BIN)/python -m deploy.manifests --config configs/sd14.yaml
+
+gke: ## make a GKE cluster, node pools, bucket and bindings (needs gcloud, kubectl, helm): make gke PROJECT=... BUCKET=...
+	PROJECT=$(PROJECT) BUCKET=$(BUCKET) bash deploy/gke.sh
+
+lock: $(VENV)/.ready ## the image's libraries by hash (needs uv; LINKS names a folder with the CPU build of torch)
+	uv pip compile pyproject.toml -c constraints.txt --generate-hashes --python-version 3.11 --no-header --no-annotate \
+	  -q -o deploy/requirements-gpu.lock
+	uv pip compile pyproject.toml -c constraints.txt --generate-hashes --python-version 3.11 --no-header --no-annotate \
+	  $(if $(LINKS),--find-links $(LINKS)) -q -o deploy/requirements-cpu.lock
+
+image-check: $(VENV)/.ready ## lint the Dockerfile, and run its install steps in a clean virtual environment
+	$(BIN)/hadolint deploy/Dockerfile
+	$(BIN)/pytest -q -m slow tests/deploy/test_image.py
+
+sbom: $(VENV)/.ready ## a CycloneDX list of what the image holds (needs the network)
+	$(BIN)/pip install --quiet cyclonedx-bom && $(BIN)/cyclonedx-py requirements deploy/requirements-gpu.lock -o out/sbom.json
+
+audit: $(VENV)/.ready ## known vulnerabilities in it (needs the network)
+	$(BIN)/pip install --quiet pip-audit && $(BIN)/pip-audit --require-hashes --disable-pip -r deploy/requirements-gpu.lock
 
 weights: $(VENV)/.ready ## train the miniature models from nothing (hours on a CPU, resumable)
 	$(BIN)/python -m momalisa.miniature.train --work out/miniature

@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from momalisa.config import Settings
+from momalisa.redaction import redacted
 
 
 def mode(settings: Settings) -> str:
@@ -37,7 +38,7 @@ class Tracker:
             dir=str(directory),
             mode=mode(settings),  # type: ignore[arg-type]
             resume="allow",
-            config=settings.model_dump(mode="json"),
+            config=redacted(settings.model_dump(mode="json")),
             settings=wandb.Settings(silent=True, console="off", save_code=False, disable_git=True),
         )
 

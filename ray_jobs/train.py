@@ -61,6 +61,7 @@ def fit(settings: Settings, planned: Plan) -> None:
 
     from momalisa.storage import Store
     from ray_jobs._cluster import connect
+    from ray_jobs._ending import stoppable
 
     connect()
     chosen = settings.train
@@ -68,17 +69,18 @@ def fit(settings: Settings, planned: Plan) -> None:
     size: dict[str, Any] = {"num_workers": chosen.workers}
     if chosen.min_workers:
         size = {"num_workers": (chosen.min_workers, chosen.workers), "elastic_resize_monitor_interval_s": chosen.resize_check_s}
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"settings": settings, "plan": planned},
-        scaling_config=ScalingConfig(use_gpu=chosen.gpus_per_worker > 0, resources_per_worker=resources, **size),
-        run_config=RunConfig(
-            name=planned.name,
-            storage_path=Store(settings.root).url("ray_train"),
-            failure_config=FailureConfig(max_failures=chosen.max_failures),
-        ),
-    )
-    trainer.fit()
+    with stoppable() as bell:
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={"settings": settings, "plan": planned, "bell": bell},
+            scaling_config=ScalingConfig(use_gpu=chosen.gpus_per_worker > 0, resources_per_worker=resources, **size),
+            run_config=RunConfig(
+                name=planned.name,
+                storage_path=Store(settings.root).url("ray_train"),
+                failure_config=FailureConfig(max_failures=chosen.max_failures),
+            ),
+        )
+        trainer.fit()
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -87,15 +89,22 @@ def train_worker(config: dict[str, Any]) -> None:
     import torch
 
     from momalisa.training import run as runs
-    from momalisa.training.loop import Trainer
+    from momalisa.training.loop import Interrupted, Trainer
     from momalisa.training.watch import watch
+    from ray_jobs._ending import listening
 
     settings: Settings = config["settings"]
     context = ray.train.get_context()
     torch.set_num_threads(settings.train.threads or max(1, int(settings.train.cpus_per_worker)))
-    with watch(settings, config["plan"], enabled=context.get_world_rank() == 0) as events:
+    main = context.get_world_rank() == 0
+    with watch(settings, config["plan"], enabled=main) as events, listening(config["bell"]) as events.ending:
         events.synchronise = ray.train.report
-        Trainer(runs.load(settings, config["plan"]), events, workers=context.get_world_size()).train()
+        try:
+            Trainer(runs.load(settings, config["plan"]), events, workers=context.get_world_size()).train()
+        except Interrupted as interrupted:
+            if main:
+                ray.get(config["bell"].leave.remote(str(interrupted)))
+            raise
 
 
 def main() -> None:

@@ -16,14 +16,15 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
+from momalisa.config.cluster import Cluster
 from momalisa.config.data import AIC_API, Caption, Collect, Encode, Source
 from momalisa.config.section import EVALUATION_PROMPTS, Section
 from momalisa.config.serving import Serve
 from momalisa.config.training import Diffusion, Promote, Train, Wandb
 
 __all__ = [
-    "AIC_API", "EVALUATION_PROMPTS", "Caption", "Collect", "ConfigError", "Diffusion", "Encode", "Promote", "Section", "Serve",
-    "Settings", "Source", "Train", "Wandb", "command_line", "from_file",
+    "AIC_API", "EVALUATION_PROMPTS", "Caption", "Cluster", "Collect", "ConfigError", "Diffusion", "Encode", "Promote", "Section",
+    "Serve", "Settings", "Source", "Train", "Wandb", "command_line", "from_file",
 ]  # fmt: skip
 
 SHORT_OPTIONS = {"--refresh": "--collect.refresh=true", "--retry-failed": "--collect.retry_failed=true"}
@@ -47,6 +48,7 @@ class Settings(BaseSettings):
     promote: Promote = Promote()
     serve: Serve = Serve()
     wandb: Wandb = Wandb()
+    cluster: Cluster = Cluster()
 
     @classmethod
     def settings_customise_sources(  # type: ignore[override]  # the environment and its files are not asked

@@ -44,6 +44,10 @@ class Diverged(FloatingPointError):
     """The loss is no number, or has exploded; the message names the works that were in the batch."""
 
 
+class Interrupted(RuntimeError):
+    """Training was asked to end, and the checkpoint of this very step is written."""
+
+
 @dataclass(frozen=True)
 class Run:
     """What is trained, on what, and where it is written."""
@@ -58,7 +62,7 @@ class Run:
 
 @dataclass
 class Events:
-    """What the shell wants to hear: called on the main process only, but for `synchronise`, called on all."""
+    """What the shell wants to hear: called on the main process only, but for `synchronise` and `ending`, called on all."""
 
     logged: Callable[[dict[str, float]], None] = lambda metrics: None
     checkpointed: Callable[[Checkpoint], None] = lambda checkpoint: None
@@ -66,6 +70,7 @@ class Events:
     synchronise: Callable[[dict[str, float]], None] = lambda metrics: None
     stop_due: Callable[[int], bool] = lambda images_seen: False
     """Asked when a checkpoint is due, before it is made: whether it shall be the last."""
+    ending: Callable[[], bool] | None = None  # whether to end now; given to all workers or to none, one is enough to say so
 
 
 class Trainer:
@@ -160,8 +165,10 @@ class Trainer:
                     progress.losses.append((progress.images_seen, loss))
                     self._log(loss)
                 if self._checkpoint_due() and not ends:
-                    progress.stopped = self._stop_asked()
-                self._milestones(ends or progress.stopped)
+                    ends = progress.stopped = self._stop_asked()
+                self._milestones(ends)
+                if not recent and not ends:
+                    self._leave_if_asked()
         finally:
             self.batches.close()
             self.writer.close()
@@ -180,6 +187,18 @@ class Trainer:
         """Whether the shell wants this checkpoint to be the last; the main process is asked, and all do the same."""
         asked = self.accelerator.is_main_process and self.events.stop_due(self.progress.images_seen)
         return bool(self.accelerator.reduce(torch.tensor(float(asked), device=self.device), reduction="sum"))
+
+    def _leave_if_asked(self) -> None:
+        """Where losses were just looked at, so that going on from here has the same history. Raises Interrupted on all."""
+        if self.events.ending is None:
+            return
+        asked = torch.tensor(float(self.events.ending()), device=self.device)
+        if not float(self.accelerator.reduce(asked, reduction="sum")):
+            return
+        if self.accelerator.is_main_process:
+            self.writer.submit(self.snapshot())
+            self.writer.settle()
+        raise Interrupted(f"{self.progress.images_seen} images seen")
 
     def _mean(self, losses: list[torch.Tensor]) -> float:
         """The mean over the group and the steps since the last. Raises Diverged, on all workers alike."""

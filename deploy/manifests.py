@@ -1,0 +1,65 @@
+"""Writes cluster.yaml and deploy/gke/ from one settings file, so that they cannot drift apart.
+
+python -m deploy.manifests --config configs/sd14.yaml          write them
+python -m deploy.manifests --config configs/sd14.yaml --check  exit 1 and name the file that is not what they say
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deploy import kuberay, runpod_cluster
+from momalisa.config import ConfigError, Settings, from_file
+
+HOME = Path(__file__).parents[1]
+NOTE = "# Made by `python -m deploy.manifests --config {config}` from the section `cluster` of its settings: change it there.\n"
+
+
+def rendered(settings: Settings, config: str) -> dict[Path, str]:
+    """{path in the repository: text}."""
+    files = {Path("cluster.yaml"): (runpod_cluster.HEADER, [runpod_cluster.document(settings.cluster)])}
+    files |= {Path("deploy/gke") / name: ("", documents) for name, documents in kuberay.documents(settings, config, HOME).items()}
+    return {path: NOTE.format(config=config) + head + dump(documents) for path, (head, documents) in files.items()}
+
+
+def dump(documents: list[dict[str, Any]]) -> str:
+    class Literal(yaml.SafeDumper):
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+
+    Literal.add_representer(str, text)
+    return yaml.dump_all(documents, Dumper=Literal, sort_keys=False, width=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m deploy.manifests", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default="configs/sd14.yaml")
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    try:
+        files = rendered(from_file(str(HOME / options.config)), options.config)
+    except ConfigError as error:
+        sys.exit(str(error))
+    for path, text in files.items():
+        there = (HOME / path).read_text() if (HOME / path).is_file() else None
+        if there == text:
+            continue
+        if options.check:
+            sys.exit(f"{path} is not what {options.config} says; run `make manifests`")
+        (HOME / path).parent.mkdir(parents=True, exist_ok=True)
+        (HOME / path).write_text(text)
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""How training learns that it must end: `ray job stop` (a SIGTERM to the job), or a machine that will be taken away.
+
+Either way the workers write a checkpoint of the step they are at and leave. After a stop the job ends, and the same
+command goes on from there; after a machine's notice Ray Train starts the workers on the machines that stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+POLL_S = 0.5
+STOPPED = 128 + signal.SIGTERM
+
+
+class Bell:
+    """An actor between a job and its workers."""
+
+    def __init__(self) -> None:
+        self._rung, self._left = False, ""
+
+    def ring(self) -> None:
+        self._rung = True
+
+    def rung(self) -> bool:
+        return self._rung
+
+    def leave(self, said: str) -> None:
+        self._left = said
+
+    def left(self) -> str:
+        return self._left
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[Any]:
+    """A bell that SIGTERM rings. When the workers have left, the process ends with status 143."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # lives as long as the job
+    bell: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Bell).remote()
+    asked, over = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        asked.wait()
+        if over.is_set():
+            return
+        print("train: asked to stop; writing a checkpoint of this step first", flush=True)
+        ray.get(bell.ring.remote())
+        while not (said := ray.get(bell.left.remote())):
+            if over.wait(POLL_S):
+                return
+        print(f"train: stopped, {said}; the same command goes on from there", flush=True)
+        os._exit(STOPPED)
+
+    thread = threading.Thread(target=watch, name="ending", daemon=True)
+    thread.start()
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set()) if in_main else None
+    try:
+        yield bell
+    finally:
+        over.set()
+        asked.set()
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
+        thread.join()
+
+
+@contextlib.contextmanager
+def listening(bell: Any) -> Iterator[Callable[[], bool]]:
+    """In a worker: whether to end, kept up to date by a thread so that asking costs a step nothing."""
+    import ray
+    from ray.exceptions import RayError
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    preemption = get_train_context().preemption_context  # what ray.train.get_preemption_info() agrees on by a barrier
+    ending, over = threading.Event(), threading.Event()
+
+    def listen() -> None:
+        while not over.wait(POLL_S) and not ending.is_set():
+            with contextlib.suppress(RayError):
+                if preemption.preemption_info is not None or ray.get(bell.rung.remote()):
+                    ending.set()
+
+    thread = threading.Thread(target=listen, name="listening", daemon=True)
+    thread.start()
+    try:
+        yield ending.is_set
+    finally:
+        over.set()
+        thread.join()

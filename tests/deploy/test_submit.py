@@ -1,0 +1,262 @@
+"""A laptop and a token-protected cluster: nothing without the token, a stage with one command, and a stop that loses no step."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from momalisa.checkpoint import read_all
+from momalisa.config import Settings
+from momalisa.storage import Store
+from tests.deploy.namespaces import BIN, HOME
+from tests.integration import test_elastic
+
+TOKEN = "planted-token-of-the-test-9876543210"
+LIMIT_BYTES = 100 * 1024 * 1024
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_what_a_job_carries_is_below_rays_limit(tmp_path: Path) -> None:
+    from ray._private.runtime_env.packaging import create_package
+
+    carried, package = yaml.safe_load((HOME / "runtime_env.yaml").read_text()), tmp_path / "code.zip"
+    create_package(str(HOME), package, include_gitignore=True, excludes=carried["excludes"])
+    assert package.stat().st_size < 0.9 * LIMIT_BYTES
+    names = zipfile.ZipFile(package).namelist()
+    assert "momalisa/miniature/weights/blip/model.safetensors" in names
+    assert not any(re.search(r"^(tests|out|\.git|\.venv)/", name) for name in names)
+
+
+def test_no_variable_of_a_job_holds_a_secret() -> None:
+    carried = yaml.safe_load((HOME / "runtime_env.yaml").read_text())
+    assert not any(re.search("KEY|TOKEN$|SECRET|PASSWORD", name) for name in carried["env_vars"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "--config", "configs/demo.yaml", "--train.imagez=3"], "unrecognized arguments: --train.imagez=3"),
+        (["train", "--config", "configs/sd14.yaml", "--train.workers=8"], "are 8 GPUs, but the cluster has at most 4"),
+        (["paint", "--config", "configs/demo.yaml"], "invalid choice: 'paint'"),
+    ],
+)
+def test_a_mistake_is_found_before_anything_is_sent(arguments: list[str], said: str) -> None:
+    refused = subprocess.run(
+        [sys.executable, "-m", "deploy.submit", *arguments], cwd=HOME, capture_output=True, text=True, check=False
+    )
+    assert (refused.returncode, said in refused.stderr) == (2, True)
+
+
+def test_no_cluster_at_the_address() -> None:
+    environment = {**os.environ, "RAY_ADDRESS": f"http://127.0.0.1:{free_port()}"}
+    command = [sys.executable, "-m", "deploy.submit", "collect", "--config", "configs/demo.yaml"]
+    refused = subprocess.run(command, cwd=HOME, env=environment, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert "no cluster answers" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+class Cluster:
+    def __init__(self, folder: Path) -> None:
+        self.dashboard, self.gcs, self.agent = free_port(), free_port(), free_port()
+        self.environment = {
+            **os.environ,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": TOKEN,
+            "RAY_worker_niceness": "0",
+            "RAY_ADDRESS": f"http://127.0.0.1:{self.dashboard}",
+            "RAY_JOB_STOP_WAIT_TIME_S": "60",
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+        }
+        where = [
+            "--node-ip-address=127.0.0.1",
+            f"--port={self.gcs}",
+            f"--dashboard-port={self.dashboard}",
+            "--dashboard-host=127.0.0.1",
+            f"--dashboard-agent-listen-port={self.agent}",
+            "--num-cpus=3",
+            "--object-store-memory=100000000",
+        ]
+        started = {name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"}
+        with open(folder / "ray.log", "wb") as log:
+            self.process = subprocess.Popen(
+                [str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats", *where],
+                env=started,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def status(self, port: int, path: str, token: str | None = TOKEN, method: str = "GET") -> int:
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        data = b"{}" if method != "GET" else None
+        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data=data, headers=headers, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            error.close()
+            return error.code
+        except OSError:
+            return 0
+
+    def run(self, *command: str, **changes: str) -> subprocess.CompletedProcess[str]:
+        environment = {**self.environment, **changes}
+        return subprocess.run(command, cwd=HOME, env=environment, capture_output=True, text=True, check=False, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    made = Cluster(tmp_path_factory.mktemp("cluster"))
+    deadline = time.monotonic() + 60
+    while made.status(made.dashboard, "/api/version") != 200 or made.status(made.agent, "/api/local_raylet_healthz") != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    yield made
+    os.killpg(made.process.pid, signal.SIGTERM)
+    try:
+        made.process.wait(timeout=15)
+    except subprocess.TimeoutExpired:
+        os.killpg(made.process.pid, signal.SIGKILL)
+        made.process.wait()
+
+
+CONTROL = [
+    ("GET", "/api/jobs/"),
+    ("POST", "/api/jobs/"),
+    ("GET", "/api/jobs/x/logs"),
+    ("POST", "/api/jobs/x/stop"),
+    ("DELETE", "/api/jobs/x"),
+    ("GET", "/api/packages/gcs/x.zip"),
+    ("PUT", "/api/packages/gcs/x.zip"),
+    ("GET", "/api/cluster_status"),
+    ("GET", "/nodes?view=summary"),
+    ("GET", "/logical/actors"),
+    ("GET", "/logical/kill_actor"),
+    ("GET", "/api/v0/tasks"),
+    ("GET", "/api/v0/logs"),
+    ("GET", "/api/serve/applications/"),
+    ("PUT", "/api/serve/applications/"),
+    ("DELETE", "/api/serve/applications/"),
+    ("GET", "/worker/traceback?pid=1"),
+    ("GET", "/memory_profile?pid=1"),
+    ("GET", "/events"),
+]
+AGENT = [("POST", "/api/job_agent/jobs/"), ("POST", "/api/job_agent/jobs/x/stop"), ("GET", "/api/job_agent/jobs/x/logs")]
+
+
+@pytest.mark.slow
+def test_every_control_endpoint_wants_the_token(cluster: Cluster) -> None:
+    for port, endpoints in ((cluster.dashboard, CONTROL), (cluster.agent, AGENT)):
+        for method, path in endpoints:
+            assert cluster.status(port, path, None, method) == 401, (method, path)
+            assert cluster.status(port, path, "wrong", method) == 403, (method, path)
+    assert cluster.status(cluster.dashboard, "/api/jobs/") == 200
+    code = f"import ray; ray.init('127.0.0.1:{cluster.gcs}', log_to_driver=False); print(len(ray.nodes()), 'nodes seen')"
+    refused = cluster.run(str(BIN / "python"), "-c", code, RAY_AUTH_TOKEN="wrong", RAY_ADDRESS="")
+    assert refused.returncode != 0
+    assert "nodes seen" not in refused.stdout
+    told = cluster.run(sys.executable, "-m", "deploy.submit", "collect", "--config", "configs/demo.yaml", RAY_AUTH_TOKEN="wrong")
+    assert "wants another token" in told.stderr
+
+
+@pytest.fixture
+def settings(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    from momalisa.config import from_file
+
+    options = {
+        "root": tmp_path / "stopped",
+        "diffusion.model": tiny_base,
+        "train.images": 3200,
+        "train.batch": 16,
+        "train.cell": 4,
+        "train.workers": 2,
+        "train.precision": "fp32",
+        "train.learning_rate": 1e-3,
+        "train.checkpoint_every_images": 100000,
+        "train.evaluate_every_steps": 100000,
+        "wandb.mode": "disabled",
+        "train.evaluation_prompts": "[]",
+    }
+    made = from_file(str(HOME / "configs" / "demo.yaml"), [f"--{key}={value}" for key, value in options.items()])
+    test_elastic.publish(made)
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_stopped_job_goes_on_from_its_very_step(cluster: Cluster, settings: Settings, tmp_path: Path) -> None:
+    """Ctrl-C leaves it running, `ray job stop` writes a checkpoint, the same command ends with the weights of one run."""
+    overrides = [
+        f"--{name}={value}"
+        for name, value in {
+            "root": settings.root,
+            "diffusion.model": settings.diffusion.model,
+            "train.images": 3200,
+            "train.batch": 16,
+            "train.cell": 4,
+            "train.workers": 2,
+            "train.precision": "fp32",
+            "train.learning_rate": 1e-3,
+            "train.checkpoint_every_images": 100000,
+            "train.evaluate_every_steps": 100000,
+            "wandb.mode": "disabled",
+            "train.evaluation_prompts": "[]",
+        }.items()
+    ]
+    command = [sys.executable, "-m", "deploy.submit", "train", "--config", "configs/demo.yaml", *overrides]
+    first = subprocess.Popen(
+        command,
+        cwd=HOME,
+        env=cluster.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert first.stdout is not None
+    said = ""
+    while "train 480/3200" not in said:
+        said += (line := first.stdout.readline())
+        assert line, said[-3000:]
+    os.killpg(first.pid, signal.SIGINT)
+    said += first.communicate(timeout=30)[0]
+    (name,) = re.findall(r"(train-[\d-]+) goes on without you", said)
+    began = time.monotonic()
+    stopped = cluster.run(str(BIN / "ray"), "job", "stop", name)
+    took_s = time.monotonic() - began
+    log = cluster.run(str(BIN / "ray"), "job", "logs", name).stdout
+    assert "writing a checkpoint of this step first" in log, stopped.stdout + log[-3000:]
+    (seen,) = map(int, re.findall(r"stopped, (\d+) images seen; the same command goes on", log))
+    print(f"stopped in {took_s:.1f} s at {seen} images")
+    run = next((Path(settings.root) / "checkpoints").iterdir()).name
+    assert [saved.images_seen for saved in read_all(Store(settings.root), run)] == [seen]
+    assert 480 <= seen < 3200
+
+    again = cluster.run(*command)
+    assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-2000:]
+    alone = settings.model_copy(update={"root": str(tmp_path / "alone")})
+    test_elastic.publish(alone)
+    undisturbed = cluster.run(*command[:4], *command[4:6], *[f"--root={alone.root}", *overrides[1:]])
+    assert undisturbed.returncode == 0, undisturbed.stdout[-3000:]
+    ours, theirs = (read_all(Store(place.root), run)[-1] for place in (settings, alone))
+    assert ours.files == theirs.files
+    assert ours.training["losses"] == theirs.training["losses"]

@@ -1,0 +1,187 @@
+"""Machines of their own on this machine: training over their network is training on one, and every way to lose one is survived.
+
+The settings that decide how long a recovery takes are cluster.yaml's own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from momalisa.checkpoint import read_all
+from momalisa.config import Settings, from_file
+from momalisa.storage import Store
+from tests.deploy.namespaces import BIN, HOME, Machine, Machines, missing
+from tests.integration import test_elastic
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(500), pytest.mark.skipif(bool(missing()), reason=missing() or "-")]
+
+TOKEN = "planted-token-of-the-test-1357924680"
+SLACK = 2.0  # of the targets: for a machine with two cores and other work
+IMAGES, BATCH, EVERY = 8000, 16, 1000
+SIZE = {
+    "train.images": IMAGES, "train.batch": BATCH, "train.cell": 4, "train.workers": 2, "train.precision": "fp32",
+    "train.learning_rate": 1e-3, "train.checkpoint_every_images": EVERY, "train.evaluate_every_steps": 100000,
+    "train.evaluation_prompts": "[]", "train.max_failures": 5, "wandb.mode": "disabled",
+}  # fmt: skip
+
+
+class Site:
+    """A head without CPUs, and hosts of one CPU each: two workers, and one to spare."""
+
+    def __init__(self, machines: Machines, folder: Path) -> None:
+        self.machines, self.folder = machines, folder
+
+    def open(self) -> None:
+        self.head = self.boot("head")
+        self.ray(self.head, "--head --port=6379 --num-cpus=0 --dashboard-host=127.0.0.1")
+        self.hosts = [self.join(name) for name in ("one", "two", "three")]
+
+    def boot(self, name: str) -> Machine:
+        name = f"{name}{len(list(self.folder.glob('*')))}"
+        self.machines.start(name, {"RUNPOD_POD_ID": name})
+        return self.machines.machines[name]
+
+    def join(self, name: str) -> Machine:
+        host = self.boot(name)
+        self.ray(host, f"--address={self.head.address}:6379 --num-cpus=1")
+        return host
+
+    def ray(self, host: Machine, arguments: str) -> None:
+        start = f"ray start {arguments} --node-ip-address=$NODE_IP --object-store-memory=100000000 --disable-usage-stats"
+        host.run(f". deploy/node.sh; {start}")
+
+    def train(self, root: Path, base: Path, log: Path) -> subprocess.Popen[bytes]:
+        overrides = [f"--{key}={value}" for key, value in {**SIZE, "root": root, "diffusion.model": base}.items()]
+        command = self.head.inside(str(BIN / "python"), "-m", "ray_jobs.train", "--config", "configs/demo.yaml", *overrides)
+        with open(log, "ab") as file:
+            return subprocess.Popen(command, cwd=HOME, env={**self.head.env, "RAY_ADDRESS": "auto"}, stdout=file, stderr=file)
+
+    def workers(self) -> list[Machine]:
+        """The hosts that a training process runs on, its first rank's first."""
+        found = {}
+        for host in self.hosts:
+            if host.name not in self.machines.machines:
+                continue
+            shown = host.run("pgrep -fa 'RayTrainWorker' || true").stdout
+            if "RayTrainWorker" in shown:
+                found[host.name] = host
+        return list(found.values())
+
+    def close(self) -> None:
+        for name in list(self.machines.machines):
+            self.machines.kill(name)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    environment = from_file(str(HOME / "configs" / "sd14.yaml")).cluster.environment
+    machines = Machines(tmp_path / "machines", image={**environment, "RAY_AUTH_TOKEN": TOKEN})
+    (tmp_path / "machines").mkdir()
+    with machines.up():
+        made = Site(machines, tmp_path / "machines")
+        made.open()
+        yield made
+        made.close()
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """The same run by one process on one machine."""
+    from momalisa.training import run as runs
+    from momalisa.training.loop import Events, Trainer
+
+    made = published(tiny_base, tmp_path_factory.mktemp("alone"))
+    Trainer(runs.load(made, runs.plan(made)), Events(), 1).train()
+    return made
+
+
+def published(base: Path, root: Path) -> Settings:
+    overrides = [f"--{key}={value}" for key, value in {**SIZE, "root": root, "diffusion.model": base}.items()]
+    made = from_file(str(HOME / "configs" / "demo.yaml"), overrides)
+    test_elastic.publish(made)
+    return made
+
+
+def seen(log: Path) -> list[int]:
+    return [int(found) for found in re.findall(r"train (\d+)/\d+ images", log.read_text())]
+
+
+def wait_for_images(log: Path, images: int, process: subprocess.Popen[bytes], limit_s: float = 150) -> None:
+    deadline = time.monotonic() + limit_s
+    while not any(count >= images for count in seen(log)):
+        assert process.poll() is None, log.read_text()[-4000:]
+        assert time.monotonic() < deadline, log.read_text()[-4000:]
+        time.sleep(0.1)
+
+
+def recovered(log: Path, lines_before: int, process: subprocess.Popen[bytes], limit_s: float = 150) -> int:
+    """Wait until training logs again; the images seen that it went on from (10 steps before the first line)."""
+    began = time.monotonic()
+    while len(seen(log)) <= lines_before:
+        assert process.poll() is None, log.read_text()[-4000:]
+        assert time.monotonic() - began < limit_s, log.read_text()[-6000:]
+        time.sleep(0.1)
+    return seen(log)[lines_before] - 10 * BATCH
+
+
+def left(root: Path, process: subprocess.Popen[bytes], log: Path) -> int:
+    """The images seen at which training wrote a checkpoint because it was asked to leave: none of its usual ones."""
+    deadline = time.monotonic() + 60
+    usual = {-(-EVERY * number // BATCH) * BATCH for number in range(1, IMAGES // EVERY + 1)}
+    while not (found := {int(path.parent.name) for path in root.glob("checkpoints/*/*/manifest.json")} - usual):
+        assert process.poll() is None, log.read_text()[-4000:]
+        assert time.monotonic() < deadline, log.read_text()[-4000:]
+        time.sleep(0.05)
+    return max(found)
+
+
+FAULTS = ["SIGKILL", "notice", "partition", "head"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_machine_is_lost_and_the_result_is_the_same(
+    site: Site, alone: Settings, tiny_base: Path, tmp_path: Path, fault: str
+) -> None:
+    log = tmp_path / "log"
+    published(tiny_base, tmp_path / "out")
+    process = site.train(tmp_path / "out", tiny_base, log)
+    wait_for_images(log, 960, process)
+    busy = site.workers()
+    assert len(busy) == 2, "one worker on each of two hosts that are not the head"
+    lost, reached, lines, began = busy[-1], seen(log)[-1], len(seen(log)), time.monotonic()
+    if fault == "SIGKILL":
+        site.machines.kill(lost.name)
+    elif fault == "partition":
+        site.machines.cut(lost.name)
+    elif fault == "notice":
+        lost.run("python -m deploy.drain --within-s 25")
+        reached = left(tmp_path / "out", process, log)
+        lines, began = len([count for count in seen(log) if count <= reached]), time.monotonic()
+    else:
+        site.close()
+        process.wait()
+        site.open()
+        process = site.train(tmp_path / "out", tiny_base, log)
+        lines = len(seen(log))
+    went_on = recovered(log, lines, process)
+    took_s = time.monotonic() - began
+    print(json.dumps({"fault": fault, "stepping_again_s": round(took_s, 1), "at": reached, "went_on_from": went_on}))
+    assert process.wait(timeout=200) == 0, log.read_text()[-4000:]
+    run = next((tmp_path / "out" / "checkpoints").iterdir()).name
+    ours, theirs = read_all(Store(str(tmp_path / "out")), run)[-1], read_all(Store(alone.root), run)[-1]
+    losses, expected = dict(map(tuple, ours.training["losses"])), dict(map(tuple, theirs.training["losses"]))
+    assert losses.keys() == expected.keys()
+    assert list(losses.values()) == pytest.approx(list(expected.values()), rel=1e-4)
+    assert reached - went_on <= EVERY + 10 * BATCH
+    if fault == "notice":
+        assert went_on == reached
+        assert took_s <= 20 * SLACK
+    if fault in {"SIGKILL", "partition"}:
+        assert took_s <= {"SIGKILL": 40, "partition": 60}[fault] * SLACK
