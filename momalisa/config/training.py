@@ -64,9 +64,16 @@ class Train(Section):
     checkpoint_every_images: Positive = 5_000
     keep_states: Positive = 2
     """How many of the newest checkpoints keep what training resumes from (10 GB each for a full fine-tune)."""
+    keep_weights: Positive | None = None
+    """How many of the newest checkpoints stay at all (default: every one). What refs/ or one of the last promotions names, and
+    the one with the lowest held-out loss so far, always stay."""
+    early_stop_patience: Positive | None = None
+    """End the run when the held-out loss has not improved for so many checkpoints (default: never)."""
     evaluate_every_steps: Positive = 250
     """Pictures of the evaluation prompts, at fixed seeds."""
     evaluation_prompts: tuple[str, ...] = EVALUATION_PROMPTS
+    more_prompts: tuple[str, ...] = ()
+    """Your own, after the evaluation prompts."""
     evaluation_steps: Positive = 20
     evaluation_guidance: float = Field(default=7.5, ge=1)
     max_failures: Annotated[int, Field(ge=0)] = 2

@@ -90,7 +90,7 @@ class Trainer:
             self.accelerator.process_index,
             self.accelerator.num_processes,
         )
-        self.writer = Writer(run.store, settings.keep_states, events.checkpointed)
+        self.writer = Writer(run.store, settings.keep_states, events.checkpointed, settings.keep_weights)
         self.gradient_norm: torch.Tensor | float = 0.0
         if self.accelerator.num_processes > 1:
             self._rehearse()

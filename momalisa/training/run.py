@@ -31,6 +31,9 @@ SHELL_SETTINGS = {
     "micro_batch",
     "checkpoint_every_images",
     "keep_states",
+    "keep_weights",
+    "more_prompts",
+    "early_stop_patience",
 }
 
 
@@ -68,5 +71,9 @@ def load(settings: Settings, planned: Plan) -> Run:
         diffusion=settings.diffusion,
         cache=training,
         store=Store(settings.root),
-        provenance={"encoder_id": planned.encoder_id, "tables": list(planned.tables)},
+        provenance={
+            "dataset": Dataset(settings.dataset).latest().sha256,
+            "encoder_id": planned.encoder_id,
+            "tables": list(planned.tables),
+        },
     )
