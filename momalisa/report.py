@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from momalisa.config import Settings
+from momalisa.contact_sheet import SHEET
 from momalisa.dataset import Dataset
 from momalisa.records import OK
 from momalisa.storage import Store
@@ -149,9 +150,7 @@ def _picture(settings: Settings, path: str, label: str) -> str:
 
 
 def _evaluations(settings: Settings, run: str) -> str:
-    paths = [path for path in Store(settings.root).list(f"reports/{run}") if path.rsplit("/", 1)[-1][0].isdigit()]
-    prompts = "; ".join(settings.train.evaluation_prompts)
-    return f"<p class=lede>{html.escape(prompts)}</p>" + "".join(_picture(settings, path, path) for path in paths)
+    return _picture(settings, f"reports/{run}/{SHEET}", "evaluation prompts over time")
 
 
 def curves(losses: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, float]]) -> str:

@@ -87,11 +87,12 @@ def train_worker(config: dict[str, Any]) -> None:
     from momalisa.training import run as runs
     from momalisa.training.loop import Trainer
     from momalisa.training.watch import watch
+    from ray_jobs._metrics import exporter
 
     settings: Settings = config["settings"]
     context = ray.train.get_context()
     torch.set_num_threads(settings.train.threads or max(1, int(settings.train.cpus_per_worker)))
-    with watch(settings, config["plan"], enabled=context.get_world_rank() == 0) as events:
+    with watch(settings, config["plan"], context.get_world_rank() == 0, exporter(config["plan"].name)) as events:
         events.synchronise = ray.train.report
         Trainer(runs.load(settings, config["plan"]), events, workers=context.get_world_size()).train()
 

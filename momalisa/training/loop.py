@@ -60,6 +60,8 @@ class Events:
     checkpointed: Callable[[Checkpoint], None] = lambda checkpoint: None
     pictures_due: Callable[[int, torch.nn.Module], None] = lambda images_seen, unet: None
     synchronise: Callable[[dict[str, float]], None] = lambda metrics: None
+    stop_due: Callable[[int], bool] = lambda images_seen: False
+    """Asked when a checkpoint is due, before it is made: whether it shall be the last."""
 
 
 class Trainer:
