@@ -18,6 +18,7 @@ from momalisa.config import Diffusion
 from momalisa.pretrained import pretrained
 
 BATCH = 32
+MAX_TOKENS = 64  # of a text that BLIP judges
 Scorer = Callable[[Sequence[Image.Image], Sequence[str]], np.ndarray]  # pictures and their texts -> [N] float64
 
 
@@ -103,12 +104,12 @@ class Likelihood:
         for start in range(0, len(pictures), BATCH):
             pixels = self.processor(images=list(pictures[start : start + BATCH]), return_tensors="pt")["pixel_values"]
             words = self.tokenizer(
-                list(texts[start : start + BATCH]), padding=True, truncation=True, max_length=64, return_tensors="pt"
+                list(texts[start : start + BATCH]), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
             )
             ids, mask = words["input_ids"].to(device), words["attention_mask"].to(device)
             ids[:, 0] = self.model.config.text_config.bos_token_id  # [DEC] begins a caption
             seen = self.model.vision_model(pixel_values=pixels.to(device)).last_hidden_state
             logits = self.model.text_decoder(input_ids=ids, attention_mask=mask, encoder_hidden_states=seen).logits
-            said = torch.log_softmax(logits[:, :-1].float(), dim=-1).gather(-1, ids[:, 1:, None])[..., 0]  # [B, L-1]
-            parts.append(((said * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1)).cpu().double())
+            likely = torch.log_softmax(logits[:, :-1].float(), dim=-1).gather(-1, ids[:, 1:, None])[..., 0]  # [B, L-1]
+            parts.append(((likely * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1)).cpu().double())
         return torch.cat(parts).numpy()

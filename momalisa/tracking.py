@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit, urlunsplit
 
 from PIL import Image
@@ -50,7 +50,7 @@ class Tracker:
     def __init__(self, settings: Settings, run_id: str, job: str) -> None:
         self._said: set[str] = set()
         self._wandb = self._attempt("W&B", lambda: WandbRun(settings, run_id, job))
-        self._board = Board(settings, run_id) if settings.wandb.tensorboard else None
+        self._board: Any = Board(settings, run_id) if settings.wandb.tensorboard else None
 
     def _attempt(self, where: str, operation: Callable[[], Any]) -> Any:
         """What it returns; None, and one message, where it fails."""
@@ -103,7 +103,7 @@ class WandbRun:
         self.directory = Path(settings.root).absolute() if local else Path(tempfile.mkdtemp(prefix="momalisa-wandb-"))
         self.directory.mkdir(parents=True, exist_ok=True)
         self._wandb, self._settings = wandb, settings
-        self._begin = {
+        self._begin: dict[str, Any] = {
             "project": settings.wandb.project,
             "id": f"{run_id}-{job}",
             "name": run_id,
@@ -127,7 +127,7 @@ class WandbRun:
             finish_timeout=FINISH_S,
         )
         try:
-            return self._wandb.init(**self._begin, mode=how, settings=options)
+            return self._wandb.init(**self._begin, mode=cast("Any", how), settings=options)
         except Exception as error:
             if how != "online":
                 raise
@@ -180,7 +180,7 @@ class Board:
             raise ValueError(
                 "wandb.tensorboard needs the tensorboard package: pip install 'momalisa[tensorboard]', or set it to false"
             ) from error
-        self._writer: Any = SummaryWriter(f"{settings.root.rstrip('/')}/tensorboard/{run_id}")  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(f"{settings.root.rstrip('/')}/tensorboard/{run_id}")
 
     def log(self, metrics: dict[str, float]) -> None:
         seen = int(metrics["images_seen"])

@@ -101,6 +101,7 @@ def _map(settings: Settings, function: Any, calls: list[tuple[Any, ...]]) -> lis
 def watch(settings: Settings) -> dict[str, Any]:
     """Measure the held-out losses of checkpoints as they appear, until the run is complete; then choose."""
     from momalisa import promotion
+    from momalisa.checkpoint import NoCheckpoint
     from momalisa.promotion.panel import Panel
     from momalisa.training import run as runs
     from ray_jobs._cluster import connect
@@ -110,13 +111,13 @@ def watch(settings: Settings) -> dict[str, Any]:
     while True:
         try:
             found = promotion.candidates(settings, planned)
-        except promotion.NoCheckpoint:
+        except NoCheckpoint:
             found = []
         if len(found) > told:
             told = len(found)
             _, measured = Panel(settings, planned, found, lambda function, calls: _map(settings, function, calls)).losses()
             print(f"promote: {measured[-1].name} has a held-out loss of {measured[-1].loss:.5f}" if measured else "", flush=True)
-        if found and found[-1].images_seen >= settings.train.images:
+        if found and (found[-1].images_seen >= settings.train.images or found[-1].training.get("stopped")):
             return run(settings)
         time.sleep(WATCH_S)
 

@@ -21,10 +21,10 @@ LICENCES = {  # by the beginning of the base's name
     "miniature://": APACHE,
 }
 TERMS = {
-    OPENRAIL: """The base is published under the CreativeML OpenRAIL-M licence, and so is this fine-tune of it. Whoever distributes it, or
-offers it as a service, must pass on the licence's use restrictions (its Attachment A) in an enforceable way, give recipients
-a copy of the licence, and state that the files were changed. The licence claims no rights in the pictures; those who
-generate them answer for their use. <https://huggingface.co/spaces/CompVis/stable-diffusion-license>""",
+    OPENRAIL: """The base is published under the CreativeML OpenRAIL-M licence, and so is this fine-tune of it. Whoever
+distributes it, or offers it as a service, must pass on the licence's use restrictions (its Attachment A) in an enforceable
+way, give recipients a copy of the licence, and state that the files were changed. The licence claims no rights in the
+pictures; those who generate them answer for their use. <https://huggingface.co/spaces/CompVis/stable-diffusion-license>""",
     APACHE: "The base is one of MOMA Lisa's own miniature models, under the Apache License 2.0.",
     OTHER: "The base's own licence holds for this fine-tune: read it before you pass the weights on.",
 }
@@ -76,8 +76,8 @@ def card(manifest: Mapping[str, Any], scores: Mapping[str, Any] | None = None) -
             "",
             TERMS.get(terms, TERMS[OTHER]),
             "",
-            "The pictures it was trained on have rights of their own, which travel with the dataset's records: whoever shows or sells",
-            "what it makes needs the permissions that those works ask for.",
+            "The pictures it was trained on have rights of their own, which travel with the dataset's records: whoever shows or",
+            "sells what it makes needs the permissions that those works ask for.",
             "",
         ]
     )

@@ -28,7 +28,7 @@ from momalisa.votes import Vote
 BASE = "base"
 
 
-@dataclass
+@dataclass(eq=False)
 class Evidence:
     """What is known of a model; `checkpoint` None: the base. None for what was not measured."""
 
