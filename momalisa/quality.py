@@ -79,11 +79,11 @@ def interval(values: np.ndarray, resamples: int = 10_000) -> Difference:
     return Difference(float(values.mean()), float(low), float(high))
 
 
-def paired_difference(base: np.ndarray, candidate: np.ndarray) -> Difference:
+def paired_difference(base: np.ndarray, candidate: np.ndarray, resamples: int = 10_000) -> Difference:
     """Losses of the same works [N] under two models."""
     if base.shape != candidate.shape or base.ndim != 1 or not len(base):
         raise ValueError(f"losses of the same works are needed, got shapes {base.shape} and {candidate.shape}")
-    return interval(candidate - base)
+    return interval(candidate - base, resamples)
 
 
 class ClipFeatures:

@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from momalisa.checkpoint import BEST, Checkpoint, load_unet
 from momalisa.checkpoint.card import card
 from momalisa.pretrained import pretrained
@@ -51,5 +53,6 @@ def _pipeline(store: Store, checkpoint: Checkpoint) -> Any:
     from diffusers import StableDiffusionPipeline
 
     base = checkpoint.diffusion
-    options = {"revision": base.revision, "variant": base.variant, "unet": load_unet(store, checkpoint)}
-    return pretrained(StableDiffusionPipeline, base.model, **{key: value for key, value in options.items() if value is not None})
+    options: dict[str, Any] = {"revision": base.revision, "variant": base.variant, "unet": load_unet(store, checkpoint)}
+    given = {key: value for key, value in options.items() if value is not None}
+    return pretrained(StableDiffusionPipeline, base.model, **given).to(torch.float32)  # all parts alike, whatever the base's are

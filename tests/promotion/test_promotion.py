@@ -59,7 +59,7 @@ COPIED, FRESH = {"nearest": [0.0] * 40, "limit": 0.1}, {"nearest": [1.0] * 40, "
 
 
 def test_measured_in_earnest_the_better_one_is_promoted_and_recorded(museum: Museum) -> None:
-    settings, planned = museum
+    settings, _planned = museum
     decision = decide(museum)
     assert name(decision) == "run@10"
     assert decision.reason == "lowest held-out loss of those that pass every gate"
