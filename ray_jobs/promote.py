@@ -93,7 +93,8 @@ def _map(settings: Settings, function: Any, calls: list[tuple[Any, ...]]) -> lis
     task = ray.remote(num_cpus=settings.promote.cpus_per_task, num_gpus=settings.promote.gpus_per_task)(threaded)
     running: list[Any] = []
     for arguments in calls:
-        ray.wait(running, num_returns=max(len(running) - settings.promote.tasks + 1, 0)) if running else None
+        if (over := len(running) - settings.promote.tasks + 1) > 0:
+            ray.wait(running, num_returns=over)
         running.append(task.remote(*arguments))
     return list(ray.get(running))
 
