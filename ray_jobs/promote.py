@@ -42,10 +42,10 @@ def run(settings: Settings) -> dict[str, Any]:
     found = promotion.candidates(settings, planned)
     evidence = promotion.evidence_id(settings, found)
     pointer = promotion.promoted(settings)
-    new = pointer is None or pointer["evidence"] != evidence
+    new = pointer is None or pointer.get("evidence") != evidence
     if pointer is None or new:
         decision = decide(settings, planned)
-        promotion.require(decision)
+        promotion.require(settings, decision)
         show(settings, planned, decision)
         log_artifact(settings, planned, decision)
         pointer = promotion.publish(settings, decision, evidence)
@@ -57,7 +57,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "rows_out": 1,
         "rejected": len(found) - 1,
         "checkpoint": pointer["checkpoint"],
-        "scores": pointer["scores"],
+        "scores": pointer.get("scores", {}),
         "new": int(new),
         "seconds": time.monotonic() - began,
     }

@@ -148,6 +148,6 @@ class Promote(Section):
     votes_needed: Positive = 200
     """Pairwise votes that are enough to overrule the scores."""
     measure_all: bool = False
-    """Look at the pictures of every checkpoint, not only of those that could be chosen."""
+    """Measure the gates of every checkpoint, not only of those that could be chosen."""
     allow_worse: bool = False
     """Promote the lowest held-out loss even where no checkpoint is better than the base and passes the gates."""

@@ -43,14 +43,15 @@ def candidates(settings: Settings, planned: Plan) -> list[Checkpoint]:
     return found
 
 
-def require(decision: Decision) -> None:
+def require(settings: Settings, decision: Decision) -> None:
     """Raises NoImprovement where there is no best."""
     if decision.best is not None:
         return
     from momalisa.promotion.explain import verdict
 
+    said = "; ".join(f"{one.name}: {verdict(settings.promote, decision, one)}" for one in decision.candidates[-3:])
     raise NoImprovement(
-        f"{decision.reason}. {'; '.join(f'{one.name}: {verdict(decision, one)}' for one in decision.candidates[-3:])}. Train "
+        f"{decision.reason}. {said}. Train "
         "longer, lower train.learning_rate, look at the table of --explain, or set promote.allow_worse"
     )
 

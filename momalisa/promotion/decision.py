@@ -39,6 +39,7 @@ class Evidence:
     nearest: list[float] | None = None  # [pictures]: to the nearest training picture
     copy_limit: float | None = None
     mmd: float | None = None
+    looked_at: bool = False  # whether the gates were measured
 
     @property
     def name(self) -> str:
@@ -51,11 +52,6 @@ class Evidence:
     @property
     def copies(self) -> CopyRate | None:
         return copies.rate(self.nearest, self.copy_limit) if self.nearest and self.copy_limit is not None else None
-
-    @property
-    def looked_at(self) -> bool:
-        """Whether its pictures were measured."""
-        return self.alignment is not None or self.nearest is not None
 
 
 def failures(settings: Promote, base: Evidence, one: Evidence) -> list[str]:
@@ -104,7 +100,9 @@ class Poll:
 def poll(cast: Sequence[Vote], field_: Sequence[Evidence], leader: Evidence) -> Poll:
     """The votes between candidates (and the base), and how far the strongest candidate is above the leader."""
     names = {one.name for one in field_}
-    counted = [vote for vote in cast if {vote.winner, vote.loser} <= names | {BASE}]
+    spelled = {one.checkpoint.id: one.name for one in field_ if one.checkpoint}  # as the server names them
+    named = [Vote(spelled.get(vote.winner, vote.winner), spelled.get(vote.loser, vote.loser)) for vote in cast]
+    counted = [vote for vote in named if {vote.winner, vote.loser} <= names | {BASE}]
     voted = {name for vote in counted for name in (vote.winner, vote.loser)}
     if leader.name not in voted:
         return Poll(len(counted))

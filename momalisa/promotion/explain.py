@@ -36,15 +36,15 @@ def _row(settings: Promote, decision: Decision, one: Evidence) -> tuple[str, ...
         "" if one.alignment is None else f"{one.alignment.mean():.4f}",
         "" if rate is None else f"{rate.share:.0%} ({rate.low:.0%} to {rate.high:.0%})",
         "" if one.mmd is None else f"{one.mmd:.3f}",
-        verdict(decision, one, settings),
+        verdict(settings, decision, one),
     )
 
 
-def verdict(decision: Decision, one: Evidence, settings: Promote | None = None) -> str:
+def verdict(settings: Promote, decision: Decision, one: Evidence) -> str:
     """What became of a checkpoint, in words."""
     if one.checkpoint is None:
         return "the base"
-    wrong = "; ".join(failures(settings or Promote(), decision.base, one))
+    wrong = "; ".join(failures(settings, decision.base, one))
     if decision.best is one:
         return f"best: {decision.reason}" + (f" (although {wrong})" if wrong else "")
     return wrong or ("passes" if one.looked_at else "passes as far as it was measured")

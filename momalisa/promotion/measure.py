@@ -25,15 +25,16 @@ from momalisa.promotion import general
 from momalisa.quality import ClipFeatures, held_out_losses, mmd2
 from momalisa.storage import Store
 from momalisa.training import run as runs
+from momalisa.training.cache import LatentCache
 from momalisa.training.run import Plan
 from momalisa.weights import identity, short_id
 
 PICTURE_SEED = 10_000
 GATE_SEED = 20_000
-LOSSES, PICTURES, DISTANCE = "losses", "pictures", "distance"
+LOSSES, GATES, DISTANCE = "losses", "gates", "distance"
 DECISIVE = {
-    LOSSES: ("timesteps", "max_pictures", "general_pictures"),
-    PICTURES: ("gate_pictures", "distance_steps", "guidance_scale"),
+    LOSSES: ("timesteps", "max_pictures"),
+    GATES: ("gate_pictures", "general_pictures", "timesteps", "distance_steps", "guidance_scale"),
     DISTANCE: ("distance_pictures", "distance_steps", "guidance_scale", "reference"),
 }
 Measured = dict[str, Any]  # numbers and lists, as JSON
@@ -50,8 +51,8 @@ def place(settings: Settings, planned: Plan, path: str | None, what: str) -> str
     if path is not None:
         weights += repr(sorted(checkpoints.read(store, path).files.items()))
     judges = {
-        LOSSES: (general.path(settings),) if chosen.general_pictures else (),
-        PICTURES: (_identity(chosen.alignment_model, chosen.alignment_revision),),
+        LOSSES: (),
+        GATES: (general.path(settings), _identity(chosen.alignment_model, chosen.alignment_revision)),
         DISTANCE: (_identity(chosen.clip_model, chosen.clip_revision),),
     }[what]
     name = short_id(what, weights, [getattr(chosen, field) for field in DECISIVE[what]], judges, settings.encode.resolution_px)
@@ -75,7 +76,7 @@ def measured(settings: Settings, planned: Plan, path: str | None, what: str) -> 
     """Measure, or read what was measured. A checkpoint that is not whole gives {"error": why} and leaves nothing behind."""
     if (found := known(settings, planned, path, what)) is not None:
         return found
-    functions: dict[str, Callable[[Settings, Plan, Any], Measured]] = {LOSSES: _losses, PICTURES: _pictures, DISTANCE: _distance}
+    functions: dict[str, Callable[[Settings, Plan, Any], Measured]] = {LOSSES: _losses, GATES: _gates, DISTANCE: _distance}
     with torch.random.fork_rng():
         try:
             unet = load_unet(settings, path)
@@ -97,31 +98,43 @@ def load_unet(settings: Settings, path: str | None) -> Any:
 
 
 def _losses(settings: Settings, planned: Plan, unet: Any) -> Measured:
-    """`held_out` and `general`: losses of works, and of the general captions, on one grid."""
-    chosen = settings.promote
+    """`held_out`: losses of works that training never saw."""
     _, held_out = runs.split(settings, planned)
-    works = held_out.rows(list(range(min(len(held_out), chosen.max_pictures))))
-    text_encoder = TextEncoder.load(settings.diffusion, device())
+    works = held_out.rows(list(range(min(len(held_out), settings.promote.max_pictures))))
+    return {"held_out": _grid(settings, unet, works)}
+
+
+def _grid(settings: Settings, unet: Any, rows: LatentCache) -> list[float]:
+    """The loss of each row, over a fixed grid of timesteps and noise."""
+    chosen, text_encoder = settings.promote, TextEncoder.load(settings.diffusion, device())
     factor, schedule = Autoencoder.load(settings.diffusion).scaling_factor, Schedule.load(settings.diffusion)
+    losses: list[float] = held_out_losses(unet, schedule, text_encoder, factor, rows, chosen.timesteps, chosen.batch).tolist()
+    return losses
 
-    def losses(rows: Any) -> list[float]:
-        found: list[float] = held_out_losses(unet, schedule, text_encoder, factor, rows, chosen.timesteps, chosen.batch).tolist()
-        return found
 
-    if chosen.general_pictures:
-        general.draw(settings, device())
-    return {"held_out": losses(works), "general": losses(general.load(settings)) if chosen.general_pictures else None}
+def draw_general(settings: Settings) -> None:
+    """Have the base draw the general captions, unless it did."""
+    general.draw(settings, device())
+
+
+def _gates(settings: Settings, planned: Plan, unet: Any) -> Measured:
+    """`general`: losses of the general captions. `alignment`: a score for each picture of a training caption. `nearest`: its
+    distance to the nearest training picture; `limit`: the distance below which it is a copy."""
+    found: Measured = {"general": None, "alignment": None, "nearest": None, "limit": None}
+    if settings.promote.general_pictures:
+        draw_general(settings)
+        found["general"] = _grid(settings, unet, general.load(settings))
+    return found | (_pictures(settings, planned, unet) if settings.promote.gate_pictures else {})
 
 
 def _pictures(settings: Settings, planned: Plan, unet: Any) -> Measured:
-    """`alignment`: a score for each picture of a training caption. `nearest`: its distance to the nearest training picture;
-    `limit`: the distance below which it is a copy."""
+    """What pictures of training captions show."""
     chosen = settings.promote
     training, held_out = runs.split(settings, planned)
     some = np.linspace(0, len(training) - 1, chosen.gate_pictures).round().astype(int).tolist()
     prompts = [training.captions[index] for index in some]
     pictures = opened(drawn(settings, unet, prompts, GATE_SEED))
-    found: Measured = {"alignment": None, "nearest": None, "limit": None}
+    found: Measured = {}
     if chosen.alignment_model is not None:
         judge = alignment.load(chosen.alignment_model, chosen.alignment_revision, settings.diffusion, device())
         asked = [prompt.removeprefix(settings.caption.prefix) for prompt in prompts]

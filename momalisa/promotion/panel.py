@@ -1,4 +1,4 @@
-"""Who measures what, and when: losses of every checkpoint, pictures only of those that could win.
+"""Who measures what, and when: losses of every checkpoint, the gates only of those that could win.
 
 The measuring itself is handed to `call`, which may run it anywhere: one after another here, or as tasks on a cluster.
 """
@@ -15,7 +15,7 @@ from momalisa.checkpoint import Checkpoint
 from momalisa.config import Settings
 from momalisa.promotion import general, measure
 from momalisa.promotion.decision import Decision, Evidence, failures, poll, tied
-from momalisa.promotion.measure import DISTANCE, LOSSES, PICTURES, Measured
+from momalisa.promotion.measure import DISTANCE, GATES, LOSSES, Measured
 from momalisa.storage import Store
 from momalisa.training.run import Plan
 
@@ -58,25 +58,25 @@ class Panel:
 
     def losses(self) -> tuple[Evidence, list[Evidence]]:
         """The base, and every whole checkpoint, with their losses."""
-        store = Store(self.settings.root)
-        if self.settings.promote.general_pictures and not store.exists(general.path(self.settings)):
-            print(f"promote: the base draws {self.settings.promote.general_pictures} general captions, once", flush=True)
-            self.call(general.draw, [(self.settings, measure.device())])
         wanted: list[Checkpoint | None] = [None, *self.found]
         evidence = []
         for checkpoint, result in zip(wanted, self._measure(wanted, LOSSES), strict=True):
             if result is not None:
-                general_losses = np.array(result["general"]) if result["general"] else None
-                evidence.append(Evidence(checkpoint, np.array(result["held_out"]), general_losses))
+                evidence.append(Evidence(checkpoint, np.array(result["held_out"])))
         return evidence[0], evidence[1:]
 
     def look_at(self, several: Sequence[Evidence]) -> None:
-        """Have their pictures measured, where the settings want that."""
-        wanted = [one for one in several if not one.looked_at]
-        if not self.settings.promote.gate_pictures or not wanted:
+        """Have measured what the gates ask for, where the settings want that."""
+        wanted, chosen = [one for one in several if not one.looked_at], self.settings.promote
+        if not wanted or not (chosen.gate_pictures or chosen.general_pictures):
             return
-        for one, result in zip(wanted, self._measure([one.checkpoint for one in wanted], PICTURES), strict=True):
+        if chosen.general_pictures and not Store(self.settings.root).exists(general.path(self.settings)):
+            print(f"promote: the base draws {chosen.general_pictures} general captions, once", flush=True)
+            self.call(measure.draw_general, [(self.settings,)])
+        for one, result in zip(wanted, self._measure([one.checkpoint for one in wanted], GATES), strict=True):
             if result is not None:
+                one.looked_at = True
+                one.general = np.array(result["general"]) if result["general"] else None
                 one.alignment = np.array(result["alignment"]) if result["alignment"] else None
                 one.nearest, one.copy_limit = result["nearest"], result["limit"]
 

@@ -74,5 +74,7 @@ def test_people_are_clear_when_their_interval_excludes_a_tie() -> None:
     assert (elsewhere.count, elsewhere.clear) == (0, False)
     beside = votes_for("run@20", BASE, 300, 0)
     assert not poll(beside, candidates, leader=first).clear  # nobody compared the leader
+    as_served = votes_for("run-20", "run-10", 140, 60)
+    assert poll(as_served, candidates, leader=first).strongest == "run@20"
     through = poll(beside + votes_for(BASE, "run@10", 100, 20), candidates, leader=first)
     assert through.clear  # through the base

@@ -15,7 +15,7 @@ from momalisa import config, promotion
 from momalisa.config import Settings
 from momalisa.miniature import models
 from momalisa.promotion import general, measure
-from momalisa.promotion.measure import DISTANCE, LOSSES, PICTURES
+from momalisa.promotion.measure import DISTANCE, GATES, LOSSES
 from momalisa.storage import Store
 from tests.promotion.conftest import Museum
 
@@ -30,7 +30,7 @@ def test_losses_are_of_the_base_and_of_a_checkpoint_on_one_grid(museum: Museum) 
     settings, planned = museum
     base, ten = (measure.measured(settings, planned, path, LOSSES) for path in (None, TEN))
     assert len(base["held_out"]) == len(ten["held_out"]) == 5
-    assert len(base["general"]) == len(ten["general"]) == 3
+    assert set(base) == {"checkpoint", "held_out"}
     assert np.abs(np.array(base["held_out"]) - ten["held_out"]).min() > 1e-4
     assert ten["checkpoint"] == TEN
 
@@ -62,7 +62,7 @@ def test_measuring_leaves_every_random_state_as_it_was(museum: Museum) -> None:
     random.seed(3)
     np.random.seed(3)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
-    for what in (LOSSES, PICTURES):
+    for what in (LOSSES, GATES):
         for path in (None, TEN):
             measure.measured(settings, planned, path, what)
     assert torch.equal(torch.get_rng_state(), states[0])
@@ -88,7 +88,7 @@ def test_pictures_are_compared_with_what_was_trained_on(museum: Museum, monkeypa
     trained, unseen = shades[training.ids[0]], shades[held_out.ids[0]]
     drawn = [measure.png(picture) for picture in (trained, unseen, trained, Image.new("RGB", (32, 32), "white"))]
     monkeypatch.setattr(measure, "drawn", lambda settings, unet, prompts, seed: drawn)
-    found = measure.measured(settings, planned, TEN, PICTURES)
+    found = measure.measured(settings, planned, TEN, GATES)
     assert found["alignment"] is None
     near = found["nearest"]
     assert near[0] == near[2] == pytest.approx(0, abs=1e-6)
@@ -106,7 +106,7 @@ def test_the_prompts_are_captions_of_training_works(museum: Museum, monkeypatch:
         return [measure.png(Image.new("RGB", (32, 32)))] * len(prompts)
 
     monkeypatch.setattr(measure, "drawn", drawn)
-    measure.measured(settings, planned, None, PICTURES)
+    measure.measured(settings, planned, None, GATES)
     training, _ = measure.runs.split(settings, planned)
     assert len(set(asked)) == 4
     assert set(asked) <= set(training.captions)
@@ -179,3 +179,14 @@ def test_the_contact_sheet_pairs_base_and_best(museum: Museum) -> None:
     columns = [sheet.getpixel((sheet.width * (2 * i + 1) // 8, sheet.height // 4)) for i in range(4)]
     assert columns == [(255, 0, 0), (0, 0, 255)] * 2  # two pairs a row
     assert [sheet.getpixel((sheet.width * (2 * i + 1) // 8, 3 * sheet.height // 4)) for i in (2, 3)] == [(255, 255, 255)] * 2
+
+
+def test_the_gates_hold_what_the_settings_ask_for(museum: Museum) -> None:
+    settings, planned = museum
+    both = measure.measured(settings, planned, TEN, GATES)
+    assert (len(both["general"]), len(both["nearest"])) == (3, 4)
+    general_only = measure.measured(changed(settings, gate_pictures=0), planned, TEN, GATES)
+    assert general_only["general"] == both["general"]
+    assert general_only["nearest"] is None
+    assert measure.measured(changed(settings, general_pictures=0), planned, TEN, GATES)["general"] is None
+    assert measure.measured(settings, planned, None, GATES)["general"] != both["general"]

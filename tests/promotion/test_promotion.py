@@ -78,19 +78,17 @@ def test_the_one_that_copies_is_passed_over_for_an_earlier_one(museum: Museum, m
     asked = pretend(monkeypatch, results)
     decision = decide(museum)
     assert name(decision) == "run@10"
-    assert [path for path, what in asked if what == measure.PICTURES and path] == [
-        f"checkpoints/run/0000000{n}" for n in (20, 10)
-    ]
-    assert "100% of its pictures are copies" in explain.verdict(decision, decision.candidates[1])
+    assert [path for path, what in asked if what == measure.GATES and path] == [f"checkpoints/run/0000000{n}" for n in (20, 10)]
+    assert "100% of its pictures are copies" in explain.verdict(museum[0].promote, decision, decision.candidates[1])
 
 
 def test_pictures_are_drawn_only_for_those_that_could_win(museum: Museum, monkeypatch: pytest.MonkeyPatch) -> None:
     results = {0: {"held_out": losses(1.0)}, 10: {"held_out": losses(0.8), **FRESH}, 20: {"held_out": losses(0.7), **FRESH}}
     asked = pretend(monkeypatch, results)
     assert name(decide(museum)) == "run@20"
-    assert ("checkpoints/run/000000010", measure.PICTURES) not in asked
+    assert ("checkpoints/run/000000010", measure.GATES) not in asked
     decide(museum, measure_all=True)
-    assert ("checkpoints/run/000000010", measure.PICTURES) in asked
+    assert ("checkpoints/run/000000010", measure.GATES) in asked
 
 
 def test_a_tie_goes_to_the_nearer_to_the_collection_where_that_can_be_told(
@@ -137,7 +135,7 @@ def test_nothing_better_is_an_error_with_the_reasons_unless_it_is_allowed(
 ) -> None:
     pretend(monkeypatch, {0: {"held_out": losses(1.0)}, 10: {"held_out": losses(1.2)}, 20: {"held_out": losses(1.1)}})
     with pytest.raises(NoImprovement, match=r"run@20: held-out loss 1.10000 is not below.*promote.allow_worse"):
-        promotion.require(decide(museum))
+        promotion.require(museum[0], decide(museum))
     assert name(decide(museum, allow_worse=True)) == "run@20"
 
 
