@@ -120,6 +120,8 @@ def test_the_decision_is_explained_overruled_and_taken_back(
     assert [line.split()[2] for line in log.splitlines()[:3]] == ["rollback", "hand", "evidence"]
     assert "3 promotions" in log
     assert store.read_json("refs/best")["checkpoint"] == summary["checkpoint"]
+    assert "has a held-out loss of" in (watched := call("--watch"))  # the run is complete: it chooses at once
+    assert "nothing new" in watched
 
 
 def test_a_second_run_does_nothing_new_and_says_so(

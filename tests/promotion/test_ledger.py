@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from momalisa.checkpoint import BEST, Checkpoint
 from momalisa.promotion import ledger
 from momalisa.promotion.ledger import Overtaken
 from momalisa.storage import Pointer, Store
+from tests.promotion.conftest import SD14
 
 Written = Callable[[int], Checkpoint]
 
@@ -114,3 +116,19 @@ def test_a_pointer_from_before_there_was_a_log_is_followed_on(store: Store, writ
     assert names(store) == ["run@20"]
     with pytest.raises(ValueError, match="nothing was promoted before"):
         ledger.rollback(store)
+
+
+@pytest.mark.integration
+def test_in_a_bucket_too_one_wins_and_the_log_only_grows(bucket: str, tmp_path: Path) -> None:
+    store = Store(f"{bucket}/hall")
+    (tmp_path / "config.json").write_text("{}")
+    made = [checkpoints.write(store, Checkpoint(f"checkpoints/run/{n}", "run", n, SD14, {}), tmp_path) for n in (10, 20, 30)]
+    promote(store, made[0])
+    seen = store.read_pointer(BEST)
+    promote(store, made[1], seen=seen)
+    with pytest.raises(Overtaken, match="was moved to checkpoints/run/20 meanwhile"):
+        promote(store, made[2], seen=seen)
+    assert names(store) == ["run@20", "run@10"]
+    assert len(store.list("promotions")) == 3
+    ledger.rollback(store)
+    assert names(store) == ["run@10", "run@20", "run@10"]
