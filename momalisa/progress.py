@@ -32,9 +32,9 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`total`: None where nobody knows it yet; `done`: what an earlier run had done already; `rejected`: what those that
-        failed are called."""
+        failed are called, empty where nothing can fail."""
         self.stage, self.total, self.done, self.unit = stage, total, done, unit
-        self.bad, self._bad_name = 0, rejected
+        self.bad, self._bad_name, self.note = 0, rejected, ""
         self._before, self._clock = done, clock
         self._stream = sys.stdout if stream is None else stream
         self._began = self._printed = clock()
@@ -54,9 +54,9 @@ class Progress:
         else:
             self._say()
 
-    def update(self, done: int, rejected: int = 0) -> None:
-        """Say how many are done by now, the rejected among them, and how many of these are rejected."""
-        self.done, self.bad = done, rejected
+    def update(self, done: int, rejected: int = 0, note: str = "") -> None:
+        """Say how many are done by now, the rejected among them, how many of these are rejected, and what else there is."""
+        self.done, self.bad, self.note = done, rejected, note
         if self._bar is not None:
             self._bar.update(self._task, completed=done, text=self.text())
         elif self._clock() - self._printed >= EVERY_S:
@@ -71,7 +71,8 @@ class Progress:
     def text(self) -> str:
         """`40/124 works, 3 rejected, 21.3/s, 4 s left`"""
         known = f"{self.done}/{self.total}" if self.total is not None else str(self.done)
-        parts = [f"{known} {self.unit}", f"{self.bad} {self._bad_name}", f"{self.rate:.1f}/s"]
+        bad = f"{self.bad} {self._bad_name}" if self._bad_name else ""
+        parts = [part for part in (f"{known} {self.unit}", bad, self.note, f"{self.rate:.1f}/s") if part]
         if self.rate > 0 and self.total is not None and self.done < self.total:
             parts.append(f"{duration((self.total - self.done) / self.rate)} left")
         return ", ".join(parts)

@@ -64,21 +64,27 @@ def held_out_losses(
 
 @dataclass(frozen=True)
 class Difference:
-    """A paired difference of means (candidate - base) and its 95% bootstrap interval over works."""
+    """A mean, or a paired difference of means (candidate - base), and its 95% bootstrap interval."""
 
     mean: float
     low: float
     high: float
 
 
+def interval(values: np.ndarray, resamples: int = 10_000) -> Difference:
+    """The mean of values [N] and its interval (Efron 1979, percentiles). Raises ValueError where there are none."""
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"values [N] are needed, got shape {values.shape}")
+    picks = np.random.default_rng(GRID_SEED).integers(0, len(values), (resamples, len(values)))
+    low, high = np.quantile(values[picks].mean(axis=1), [0.025, 0.975])
+    return Difference(float(values.mean()), float(low), float(high))
+
+
 def paired_difference(base: np.ndarray, candidate: np.ndarray, resamples: int = 10_000) -> Difference:
     """Losses of the same works [N] under two models."""
     if base.shape != candidate.shape or base.ndim != 1 or not len(base):
         raise ValueError(f"losses of the same works are needed, got shapes {base.shape} and {candidate.shape}")
-    differences = candidate - base
-    picks = np.random.default_rng(GRID_SEED).integers(0, len(differences), (resamples, len(differences)))
-    low, high = np.quantile(differences[picks].mean(axis=1), [0.025, 0.975])
-    return Difference(float(differences.mean()), float(low), float(high))
+    return interval(candidate - base, resamples)
 
 
 class ClipFeatures:

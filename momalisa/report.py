@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from momalisa.config import Settings
+from momalisa.contact_sheet import SHEET
 from momalisa.dataset import Dataset
 from momalisa.records import OK
 from momalisa.storage import Store
@@ -43,7 +44,10 @@ def summary(settings: Settings, stages: Sequence[dict[str, Any]], elapsed_s: flo
 
 
 SUMMARY = "summary.json"
-SCORES = ("heldout_loss_base", "heldout_loss_best", "heldout_loss_delta_ci95", "mmd_base", "mmd_best", "mmd_collection")
+SCORES = (
+    "heldout_loss_base", "heldout_loss_best", "heldout_loss_delta_ci95", "general_change", "alignment_base", "alignment_best",
+    "copy_rate_base", "copy_rate_best", "mmd_base", "mmd_best", "mmd_collection",
+)  # fmt: skip
 
 
 def rejected(settings: Settings) -> list[dict[str, str]]:
@@ -66,7 +70,7 @@ def page(settings: Settings, stages: Sequence[dict[str, Any]], figures: dict[str
         "<h2>Stages</h2>" + _stages(stages),
         "<h2>Base (left of each pair) and fine-tuned (right), equal seeds</h2>",
         _picture(settings, f"reports/{run}/contact.png", "contact sheet"),
-        "<h2>Loss</h2>" + curves(by_stage["train"]["losses"], by_stage["promote"]["scores"]["heldout_curve"]),
+        "<h2>Loss</h2>" + curves(by_stage["train"]["losses"], by_stage["promote"]["scores"].get("heldout_curve", [])),
         "<h2>The evaluation prompts while training</h2>" + _evaluations(settings, run),
         "<h2>Works that could not be used</h2>" + _rejected(rejected(settings)),
     ]
@@ -105,6 +109,8 @@ def _cards(figures: dict[str, Any]) -> str:
         "heldout_loss_base": "held-out loss, base",
         "heldout_loss_best": "held-out loss, fine-tuned",
         "heldout_loss_delta_ci95": "their difference, 95% interval over works",
+        "general_change": "loss on general captions against the base's",
+        "copy_rate_best": "of its pictures are copies of training pictures",
         "mmd_base": "distance to the collection, base (MMD² x 1000)",
         "mmd_best": "distance to the collection, fine-tuned",
         "mmd_collection": "the collection to more of itself",
@@ -149,9 +155,9 @@ def _picture(settings: Settings, path: str, label: str) -> str:
 
 
 def _evaluations(settings: Settings, run: str) -> str:
-    paths = [path for path in Store(settings.root).list(f"reports/{run}") if path.rsplit("/", 1)[-1][0].isdigit()]
-    prompts = "; ".join(settings.train.evaluation_prompts)
-    return f"<p class=lede>{html.escape(prompts)}</p>" + "".join(_picture(settings, path, path) for path in paths)
+    prompts = "; ".join((*settings.train.evaluation_prompts, *settings.train.more_prompts))
+    sheet = _picture(settings, f"reports/{run}/{SHEET}", "evaluation prompts over time")
+    return f"<p class=lede>{html.escape(prompts)}</p>{sheet}"
 
 
 def curves(losses: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, float]]) -> str:

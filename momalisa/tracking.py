@@ -1,16 +1,23 @@
-"""Weights & Biases: metrics, pictures and the promoted model. Offline when there is no key; never in the way."""
+"""Weights & Biases and TensorBoard: metrics, pictures and the promoted model. Never in the way of the work.
+
+W&B is offline without a key, and goes on offline where its server does not answer: `wandb sync` brings the files there later.
+"""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 
 from momalisa.config import Settings
 from momalisa.redaction import redacted
+
+FINISH_S = 60.0  # for uploads at the end; what is not done by then stays on disk for `wandb sync`
+EVALUATION = "evaluation"
 
 
 def mode(settings: Settings) -> str:
@@ -21,40 +28,158 @@ def mode(settings: Settings) -> str:
 
 
 class Tracker:
-    """One W&B run; the same run id goes on where a killed run stopped."""
+    """One run in W&B, TensorBoard, or both; the same run id goes on where a killed run stopped.
+
+    What either of them cannot do is said once and costs the work nothing.
+    """
+
+    def __init__(self, settings: Settings, run_id: str, job: str) -> None:
+        self._said: set[str] = set()
+        self._wandb = self._attempt("W&B", lambda: WandbRun(settings, run_id, job))
+        self._board: Any = Board(settings, run_id) if settings.wandb.tensorboard else None
+
+    def _attempt(self, where: str, operation: Callable[[], Any]) -> Any:
+        """What it returns; None, and one message, where it fails."""
+        try:
+            return operation()
+        except Exception as error:  # of a service that only looks on
+            if where not in self._said:
+                self._said.add(where)
+                print(f"{where} cannot follow: {type(error).__name__}: {error}; going on without", flush=True)
+            return None
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Metrics by name; `images_seen` among them is the horizontal axis."""
+        if self._wandb is not None:
+            self._attempt("W&B", lambda: self._wandb.log(metrics))
+        if self._board is not None:
+            self._attempt("TensorBoard", lambda: self._board.log(metrics))
+
+    def pictures(self, images_seen: int, prompts: Sequence[str], seeds: Sequence[int], pictures: Sequence[Image.Image]) -> None:
+        """The evaluation prompts' pictures at a point of the run."""
+        if self._wandb is not None:
+            self._attempt("W&B", lambda: self._wandb.pictures(images_seen, prompts, seeds, pictures))
+        if self._board is not None:
+            self._attempt("TensorBoard", lambda: self._board.pictures(images_seen, prompts, pictures))
+
+    def dataset(self, version: str | None) -> None:
+        """Say which version of the collection this run is made from: the first link of the lineage."""
+        if self._wandb is not None and version:
+            self._attempt("W&B", lambda: self._wandb.dataset(version))
+
+    def artifact(self, name: str, directory: Path, metadata: dict[str, Any], alias: str) -> None:
+        """Log a folder as a model artifact under an alias."""
+        if self._wandb is not None:
+            self._attempt("W&B", lambda: self._wandb.artifact(name, directory, metadata, alias))
+
+    def finish(self) -> None:
+        if self._wandb is not None:
+            self._attempt("W&B", self._wandb.finish)
+        if self._board is not None:
+            self._attempt("TensorBoard", self._board.finish)
+
+
+class WandbRun:
+    """A run in W&B; its files lie below the root, or for a bucket in a folder of this machine."""
 
     def __init__(self, settings: Settings, run_id: str, job: str) -> None:
         import wandb
 
         local = "://" not in settings.root
-        directory = Path(settings.root).absolute() if local else Path(tempfile.mkdtemp(prefix="momalisa-wandb-"))
-        directory.mkdir(parents=True, exist_ok=True)
-        self._wandb = wandb
-        self._run = wandb.init(
-            project=settings.wandb.project,
-            id=f"{run_id}-{job}",
-            name=run_id,
-            job_type=job,
-            dir=str(directory),
-            mode=mode(settings),  # type: ignore[arg-type]
-            resume="allow",
-            config=redacted(settings.model_dump(mode="json")),
-            settings=wandb.Settings(silent=True, console="off", save_code=False, disable_git=True),
+        self.directory = Path(settings.root).absolute() if local else Path(tempfile.mkdtemp(prefix="momalisa-wandb-"))
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._wandb, self._settings = wandb, settings
+        self._begin: dict[str, Any] = {
+            "project": settings.wandb.project,
+            "id": f"{run_id}-{job}",
+            "name": run_id,
+            "job_type": job,
+            "dir": str(self.directory),
+            "resume": "allow",
+            "config": redacted(settings.model_dump(mode="json")),
+        }
+        self._run = self._init(mode(settings))
+        self._run.define_metric("images_seen")
+        self._run.define_metric("*", step_metric="images_seen")
+
+    def _init(self, how: str) -> Any:
+        options = self._wandb.Settings(
+            silent=True,
+            console="off",
+            save_code=False,
+            disable_git=True,
+            init_timeout=self._settings.wandb.connect_timeout_s,
+            login_timeout=self._settings.wandb.connect_timeout_s,
+            finish_timeout=FINISH_S,
         )
+        try:
+            return self._wandb.init(**self._begin, mode=cast("Any", how), settings=options)
+        except Exception as error:
+            if how != "online":
+                raise
+            server = os.environ.get("WANDB_BASE_URL", "its server")
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            print(
+                f"W&B: {server} cannot be used ({reason}); going on offline, bring the run there later with "
+                f"`wandb sync {self.directory}/wandb/offline-run-*`",
+                flush=True,
+            )
+            self._wandb.teardown()
+            return self._init("offline")
 
     def log(self, metrics: dict[str, float]) -> None:
-        """Metrics by name; `images_seen` among them is the horizontal axis."""
         self._run.log(metrics)
 
-    def pictures(self, images_seen: int, prompts: list[str], pictures: list[Image.Image]) -> None:
-        shown = [self._wandb.Image(picture, caption=prompt) for prompt, picture in zip(prompts, pictures, strict=True)]
-        self._run.log({"evaluation": shown, "images_seen": images_seen})
+    def pictures(self, images_seen: int, prompts: Sequence[str], seeds: Sequence[int], pictures: Sequence[Image.Image]) -> None:
+        table = self._wandb.Table(columns=["images_seen", "prompt", "seed", "picture"])
+        for prompt, seed, picture in zip(prompts, seeds, pictures, strict=True):
+            table.add_data(images_seen, prompt, seed, self._wandb.Image(picture))
+        self._run.log({EVALUATION: table, "images_seen": images_seen})
+
+    def dataset(self, version: str) -> None:
+        """An artifact that stands for a version (its id; the pictures stay where they are), used by this run."""
+        artifact = self._wandb.Artifact(f"{self._settings.name}-dataset", type="dataset", metadata={"version": version})
+        with artifact.new_file("version.txt") as file:
+            file.write(f"{redacted(self._settings.dataset)} {version}\n")
+        self._run.config.update({"dataset_version": version}, allow_val_change=True)
+        if self._run.offline:  # `use_artifact` wants the server; the record of the same use can wait for `wandb sync`
+            self._run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
+        else:
+            self._run.use_artifact(artifact)
 
     def artifact(self, name: str, directory: Path, metadata: dict[str, Any], alias: str) -> None:
-        """Log a folder as a model artifact under an alias."""
         artifact = self._wandb.Artifact(name, type="model", metadata=metadata)
         artifact.add_dir(str(directory))
         self._run.log_artifact(artifact, aliases=[alias, "latest"])
 
     def finish(self) -> None:
         self._run.finish()
+
+
+class Board:
+    """TensorBoard's event files in <root>/tensorboard/<run>. Raises ValueError where the package is missing."""
+
+    def __init__(self, settings: Settings, run_id: str) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError(
+                "wandb.tensorboard needs the tensorboard package: pip install 'momalisa[tensorboard]', or set it to false"
+            ) from error
+        self._writer: Any = SummaryWriter(f"{settings.root.rstrip('/')}/tensorboard/{run_id}")
+
+    def log(self, metrics: dict[str, float]) -> None:
+        seen = int(metrics["images_seen"])
+        for name, value in metrics.items():
+            if name != "images_seen":
+                self._writer.add_scalar(name, value, seen)
+        self._writer.flush()
+
+    def pictures(self, images_seen: int, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> None:
+        import numpy as np
+
+        for prompt, picture in zip(prompts, pictures, strict=True):
+            self._writer.add_image(prompt, np.asarray(picture.convert("RGB")), images_seen, dataformats="HWC")
+
+    def finish(self) -> None:
+        self._writer.close()

@@ -12,12 +12,19 @@ from momalisa.config import Settings, command_line
 TRACEBACK = "MOMALISA_TRACEBACK"
 
 
-def job(doc: str | None, name: str, run: Callable[[Settings], dict[str, Any]], said: Callable[[dict[str, Any]], str]) -> None:
+def job(
+    doc: str | None,
+    name: str,
+    run: Callable[[Settings], dict[str, Any]],
+    said: Callable[[dict[str, Any]], str],
+    arguments: list[str] | None = None,
+) -> None:
     """Run a job as a program: what `run` returned, said in one line; a ValueError's message alone, with exit status 1.
 
+    `arguments`: what is left of the command line where the job has options of its own.
     $MOMALISA_TRACEBACK=1 shows where an error came from.
     """
-    settings = command_line(doc, f"ray_jobs.{name}")
+    settings = command_line(doc, f"ray_jobs.{name}", arguments)
     try:
         summary = run(settings)
     except ValueError as error:

@@ -3,13 +3,20 @@
     python -m ray_jobs.promote --config configs/demo.yaml
     ray job submit --runtime-env runtime_env.yaml -- python -m ray_jobs.promote --config configs/sd14.yaml
 
-Writes a contact sheet (base above best, equal seeds) to reports/<run>/contact.png, logs the model to W&B as an
-artifact with the alias `best`, and writes refs/best last.
+    --explain            print the table and write reports/<run>/promotion.html; move nothing
+    --watch              measure checkpoints as training writes them, until the run is complete, then choose
+    --to RUN@IMAGES      promote that one by hand
+    --rollback           go back to what was promoted before
+    --log                print every promotion, the newest first
+
+Writes a contact sheet (base above best, equal seeds) to reports/<run>/contact.png and the reasons beside it, logs the
+model to W&B as an artifact with the alias `best`, and writes refs/best last. docs/promotion.md has the rules.
 """
 
 from __future__ import annotations
 
-import itertools
+import argparse
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,33 +26,29 @@ from momalisa.config import Settings
 from ray_jobs._job import job
 
 if TYPE_CHECKING:
-    from momalisa.checkpoint import Checkpoint
-    from momalisa.promotion import Distance
+    from momalisa.promotion.decision import Decision
     from momalisa.training.run import Plan
+
+WATCH_S = 10.0  # between two looks for new checkpoints
 
 
 def run(settings: Settings) -> dict[str, Any]:
     """Choose, publish, and return the stage's summary."""
     from momalisa import promotion
     from momalisa.training import run as runs
-    from ray_jobs._cluster import connect
 
     began = time.monotonic()
     planned = runs.plan(settings)
     found = promotion.candidates(settings, planned)
     evidence = promotion.evidence_id(settings, found)
     pointer = promotion.promoted(settings)
-    new = pointer is None or pointer["evidence"] != evidence
+    new = pointer is None or pointer.get("evidence") != evidence
     if pointer is None or new:
-        connect()
-        paths = [None, *(checkpoint.path for checkpoint in found)]
-        base, *scored = _map(settings, promotion.losses, [(settings, planned, paths)])[0]
-        choice = promotion.choose(settings, found, base, scored)
-        print(f"promote: {choice.best.id}, held-out loss {choice.best_loss:.5f} (base {choice.base_loss:.5f})", flush=True)
-        show(settings, planned, choice.best)
-        measured = measure(settings, planned, choice.best)
-        log_artifact(settings, planned, choice.best, choice.best_loss)
-        pointer = promotion.publish(settings, choice, measured, evidence)
+        decision = decide(settings, planned)
+        promotion.require(settings, decision)
+        show(settings, planned, decision)
+        log_artifact(settings, planned, decision)
+        pointer = promotion.publish(settings, decision, evidence)
     else:
         print(f"promote: nothing new ({pointer['checkpoint']} is the best of {len(found)})")
     return {
@@ -54,14 +57,31 @@ def run(settings: Settings) -> dict[str, Any]:
         "rows_out": 1,
         "rejected": len(found) - 1,
         "checkpoint": pointer["checkpoint"],
-        "scores": pointer["scores"],
+        "scores": pointer.get("scores", {}),
         "new": int(new),
         "seconds": time.monotonic() - began,
     }
 
 
+def decide(settings: Settings, planned: Plan) -> Decision:
+    """Measure in Ray tasks what is not measured yet, and write the report."""
+    from momalisa import promotion
+    from momalisa.promotion import explain
+    from momalisa.promotion.panel import Panel
+    from ray_jobs._cluster import connect
+
+    connect()
+    found = promotion.candidates(settings, planned)
+    decision = Panel(settings, planned, found, lambda function, calls: _map(settings, function, calls)).decide()
+    where = explain.write(settings, planned, decision)
+    if decision.best is not None:
+        losses = f"held-out loss {decision.best.loss:.5f} (base {decision.base.loss:.5f})"
+        print(f"promote: {decision.best.name}, {losses}: {decision.reason}; {where}", flush=True)
+    return decision
+
+
 def _map(settings: Settings, function: Any, calls: list[tuple[Any, ...]]) -> list[Any]:
-    """Call a library function in Ray tasks with the configured share of a machine, in order."""
+    """Call a library function in Ray tasks with the configured share of a machine, `tasks` at a time, in order."""
     import ray
 
     def threaded(*arguments: Any) -> Any:
@@ -71,62 +91,116 @@ def _map(settings: Settings, function: Any, calls: list[tuple[Any, ...]]) -> lis
         return function(*arguments)
 
     task = ray.remote(num_cpus=settings.promote.cpus_per_task, num_gpus=settings.promote.gpus_per_task)(threaded)
-    return list(ray.get([task.remote(*arguments) for arguments in calls]))
+    running: list[Any] = []
+    for arguments in calls:
+        if (over := len(running) - settings.promote.tasks + 1) > 0:
+            ray.wait(running, num_returns=over)
+        running.append(task.remote(*arguments))
+    return list(ray.get(running))
 
 
-def show(settings: Settings, planned: Plan, best: Checkpoint) -> None:
+def watch(settings: Settings) -> dict[str, Any]:
+    """Measure the held-out losses of checkpoints as they appear, until the run is complete; then choose."""
+    from momalisa import promotion
+    from momalisa.checkpoint import NoCheckpoint
+    from momalisa.promotion.panel import Panel
+    from momalisa.training import run as runs
+    from ray_jobs._cluster import connect
+
+    connect()
+    planned, told = runs.plan(settings), 0
+    while True:
+        try:
+            found = promotion.candidates(settings, planned)
+        except NoCheckpoint:
+            found = []
+        if len(found) > told:
+            told = len(found)
+            _, measured = Panel(settings, planned, found, lambda function, calls: _map(settings, function, calls)).losses()
+            print(f"promote: {measured[-1].name} has a held-out loss of {measured[-1].loss:.5f}" if measured else "", flush=True)
+        if found and (found[-1].images_seen >= settings.train.images or found[-1].training.get("stopped")):
+            return run(settings)
+        time.sleep(WATCH_S)
+
+
+def show(settings: Settings, planned: Plan, decision: Decision) -> None:
     """The contact sheet: the base's pictures and the best's, prompt by prompt."""
     from momalisa import promotion
+    from momalisa.promotion import measure
     from momalisa.storage import Store
 
-    prompts = list(settings.promote.contact_prompts)
-    if not prompts:
+    prompts, best = list(settings.promote.contact_prompts), decision.best
+    if not prompts or best is None or best.checkpoint is None:
         return
-    calls = [(settings, path, prompts, promotion.CONTACT_SEED) for path in (None, best.path)]
-    base_pictures, best_pictures = _map(settings, promotion.generate, calls)
+    calls = [(settings, path, prompts, promotion.CONTACT_SEED) for path in (None, best.checkpoint.path)]
+    base_pictures, best_pictures = _map(settings, measure.generate, calls)
     sheet = promotion.comparison(settings, prompts, base_pictures, best_pictures)
     Store(settings.root).write_bytes(f"reports/{planned.name}/contact.png", sheet)
 
 
-def measure(settings: Settings, planned: Plan, best: Checkpoint) -> Distance | None:
-    """Distance to the collection of the base's and the best's pictures; None where it is switched off."""
-    from momalisa import promotion
-
-    chosen = settings.promote
-    if not chosen.distance_pictures or chosen.clip_model is None:
-        return None
-    reference, more = promotion.references(settings, planned)
-    prompts = [caption for caption, _ in reference]
-    print(f"promote: 2 x {len(prompts)} pictures for the distance to the collection", flush=True)
-    size = -(-len(prompts) // chosen.tasks)
-    starts = range(0, len(prompts), size)
-    calls = [
-        (settings, path, prompts[start : start + size], promotion.PICTURE_SEED + start)
-        for path in (None, best.path)
-        for start in starts
-    ]
-    parts = _map(settings, promotion.generate, calls)
-    drawn = [list(itertools.chain.from_iterable(half)) for half in (parts[: len(starts)], parts[len(starts) :])]
-    pictures = [picture for _, picture in reference]
-    measured: Distance = _map(settings, promotion.distance, [(settings, pictures, more, *drawn)])[0]
-    print(f"promote: distance to the collection {measured.best:.3f} (base {measured.base:.3f})", flush=True)
-    return measured
-
-
-def log_artifact(settings: Settings, planned: Plan, best: Checkpoint, loss: float) -> None:
-    """The promoted weights as a W&B model artifact with the alias `best`."""
+def log_artifact(settings: Settings, planned: Plan, decision: Decision) -> None:
+    """The promoted weights as a W&B model artifact with the alias `best`, after the dataset they come from."""
     from momalisa.storage import Store
     from momalisa.tracking import Tracker
 
+    assert decision.best is not None
+    best = decision.best.checkpoint
+    assert best is not None
     tracker = Tracker(settings, planned.name, "promote")
     with tempfile.TemporaryDirectory(prefix="momalisa-") as scratch:
         weights = Store(settings.root).download(f"{best.path}/weights", best.files, Path(scratch))
-        tracker.artifact(settings.name, weights, {"checkpoint": best.id, "heldout_loss": loss}, alias="best")
+        tracker.dataset(best.training.get("dataset"))
+        tracker.artifact(settings.name, weights, {"checkpoint": best.name, **decision.scores()}, alias="best")
         tracker.finish()
 
 
+def explain(settings: Settings) -> dict[str, Any]:
+    """Print the table; nothing moves."""
+    from momalisa.promotion import explain as explanation
+    from momalisa.training import run as runs
+
+    decision = decide(settings, runs.plan(settings))
+    print(explanation.table(settings.promote, decision), flush=True)
+    return {"said": decision.reason}
+
+
+def rollback(settings: Settings) -> dict[str, Any]:
+    from momalisa.promotion import ledger
+    from momalisa.storage import Store
+
+    return {"said": f"refs/best is {ledger.rollback(Store(settings.root))['checkpoint']} again"}
+
+
+def by_hand(settings: Settings, name: str) -> dict[str, Any]:
+    from momalisa import promotion
+
+    return {"said": f"refs/best is {promotion.by_hand(settings, name)['checkpoint']}, by hand"}
+
+
+def log(settings: Settings) -> dict[str, Any]:
+    from momalisa.promotion import ledger
+    from momalisa.storage import Store
+
+    lines = [ledger.line(entry) for entry in ledger.log(Store(settings.root))]
+    print("\n".join(lines), flush=True)
+    return {"said": f"{len(lines)} promotions"}
+
+
 def main() -> None:
-    job(__doc__, "promote", run, lambda done: f"refs/best is {done['checkpoint']}, {done['seconds']:.0f} s")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    action = parser.add_mutually_exclusive_group()
+    for name in ("explain", "watch", "rollback", "log"):
+        action.add_argument(f"--{name}", action="store_true")
+    action.add_argument("--to", metavar="RUN@IMAGES")
+    asked, rest = parser.parse_known_args(sys.argv[1:])
+    doing = {"explain": explain, "rollback": rollback, "log": log}
+    for name, function in doing.items():
+        if getattr(asked, name):
+            return job(__doc__, "promote", function, lambda done: str(done["said"]), rest)
+    if asked.to:
+        return job(__doc__, "promote", lambda settings: by_hand(settings, asked.to), lambda done: str(done["said"]), rest)
+    said = lambda done: f"refs/best is {done['checkpoint']}, {done['seconds']:.0f} s"  # noqa: E731
+    return job(__doc__, "promote", watch if asked.watch else run, said, rest)
 
 
 if __name__ == "__main__":

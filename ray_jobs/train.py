@@ -92,12 +92,14 @@ def train_worker(config: dict[str, Any]) -> None:
     from momalisa.training.loop import Interrupted, Trainer
     from momalisa.training.watch import watch
     from ray_jobs._ending import listening
+    from ray_jobs._metrics import exporter
 
     settings: Settings = config["settings"]
     context = ray.train.get_context()
     torch.set_num_threads(settings.train.threads or max(1, int(settings.train.cpus_per_worker)))
     main = context.get_world_rank() == 0
-    with watch(settings, config["plan"], enabled=main) as events, listening(config["bell"]) as events.ending:
+    watching = watch(settings, config["plan"], main, exporter(config["plan"].name))
+    with watching as events, listening(config["bell"]) as events.ending:
         events.synchronise = ray.train.report
         try:
             Trainer(runs.load(settings, config["plan"]), events, workers=context.get_world_size()).train()

@@ -19,9 +19,15 @@ class Diffusion(Section):
 
 
 class Wandb(Section):
+    """W&B, and TensorBoard as an alternative or beside it."""
+
     project: str = "momalisa"
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online when WANDB_API_KEY is set, else offline."""
+    connect_timeout_s: float = Field(default=20, gt=0)
+    """How long to wait for the server before going on offline."""
+    tensorboard: bool = False
+    """Write TensorBoard's files to <root>/tensorboard/<run> (needs `pip install momalisa[tensorboard]`)."""
 
 
 class Train(Section):
@@ -91,9 +97,16 @@ class Train(Section):
     checkpoint_every_images: Positive = 5_000
     keep_states: Positive = 2
     """How many of the newest checkpoints keep what training resumes from (10 GB each for a full fine-tune)."""
+    keep_weights: Positive | None = None
+    """How many of the newest checkpoints stay at all (default: every one). What refs/ or one of the last promotions names, and
+    the one with the lowest held-out loss so far, always stay."""
+    early_stop_patience: Positive | None = None
+    """End the run when the held-out loss has not improved for so many checkpoints (default: never)."""
     evaluate_every_steps: Positive = 250
     """Pictures of the evaluation prompts, at fixed seeds."""
     evaluation_prompts: tuple[str, ...] = EVALUATION_PROMPTS
+    more_prompts: tuple[str, ...] = ()
+    """Your own, after the evaluation prompts."""
     evaluation_steps: Positive = 20
     evaluation_guidance: float = Field(default=7.5, ge=1)
     max_failures: Annotated[int, Field(ge=0)] = 2
@@ -158,8 +171,29 @@ class Promote(Section):
     cpus_per_task: float = Field(default=1, gt=0)
     gpus_per_task: float = Field(default=0, ge=0)
     tasks: Positive = 2
-    """Pieces that the pictures of one model are generated in, side by side."""
+    """Most measurements side by side."""
     contact_prompts: tuple[str, ...] = EVALUATION_PROMPTS
     """Drawn by the base and by the best checkpoint at equal seeds, side by side."""
+    general_pictures: Annotated[int, Field(ge=0, le=200)] = 200
+    """General captions, drawn once by the base, whose loss shows what a fine-tune forgets; 0: leave that gate out."""
+    general_tolerance: float = Field(default=0.02, ge=0)
+    """How much worse than the base's that loss may be, as a share of it."""
+    gate_pictures: Annotated[int, Field(ge=0)] = 64
+    """Pictures of training captions that the gates on alignment and copies look at; 0: leave both out."""
+    alignment_model: str | None = None
+    """A CLIP, SigLIP or BLIP that says how well pictures show their captions, not the text encoder of `diffusion.model`
+    (None: leave that gate out)."""
+    alignment_revision: str | None = None
+    alignment_slack: float = Field(default=0.0, ge=0)
+    """How far below the base's 95% interval the mean alignment may be, in the judge's units."""
+    copy_rate: Fraction = 0.05
+    """Share of pictures that may be copies of a training picture (see momalisa/copies.py)."""
+    tie_pictures: Positive = 500
+    """Checkpoints whose held-out losses are tied are told apart by their distance to the collection, if that is measured on
+    so many pictures; else the lowest loss is chosen."""
+    votes_needed: Positive = 200
+    """Pairwise votes that are enough to overrule the scores."""
+    measure_all: bool = False
+    """Measure the gates of every checkpoint, not only of those that could be chosen."""
     allow_worse: bool = False
-    """Promote the best checkpoint even where its held-out loss is not below the base's."""
+    """Promote the lowest held-out loss even where no checkpoint is better than the base and passes the gates."""

@@ -115,7 +115,7 @@ class Trainer:
             self.accelerator.process_index,
             self.accelerator.num_processes,
         )
-        self.writer = Writer(run.store, settings.keep_states, events.checkpointed)
+        self.writer = Writer(run.store, settings.keep_states, events.checkpointed, settings.keep_weights)
         self.gradient_norm: torch.Tensor | float = 0.0
         peak = settings.peak_tflops or known_peak(self.device, settings.precision)
         self.meter = Meter(len(schedule), self.device, peak)

@@ -35,6 +35,9 @@ SHELL_SETTINGS = {
     "cache_dir",
     "ema_offload",
     "peak_tflops",
+    "keep_weights",
+    "more_prompts",
+    "early_stop_patience",
 }
 
 
@@ -90,5 +93,9 @@ def load(settings: Settings, planned: Plan) -> Run:
         diffusion=settings.diffusion,
         cache=training,
         store=Store(settings.root),
-        provenance={"encoder_id": planned.encoder_id, "tables": list(planned.tables)},
+        provenance={
+            "dataset": Dataset(settings.dataset).latest().sha256,
+            "encoder_id": planned.encoder_id,
+            "tables": list(planned.tables),
+        },
     )

@@ -1,17 +1,20 @@
-"""What people see of a run while it goes: lines, W&B curves, and pictures of the evaluation prompts."""
+"""What people see of a run while it goes: lines, W&B or TensorBoard, and pictures of the evaluation prompts over time."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from PIL import Image
 
+from momalisa import checkpoint as checkpoints
 from momalisa.checkpoint import Checkpoint
 from momalisa.config import Settings
-from momalisa.contact_sheet import contact_sheet
+from momalisa.contact_sheet import SHEET, column, timeline
 from momalisa.engine import Engine, Request
+from momalisa.progress import Progress
 from momalisa.storage import Store
 from momalisa.tracking import Tracker
 from momalisa.training.loop import Events
@@ -21,51 +24,123 @@ EVALUATION_SEED = 1000
 
 
 @contextmanager
-def watch(settings: Settings, planned: Plan, enabled: bool) -> Iterator[Events]:
-    """The events of one worker; only an enabled one (the main process) shows anything."""
+def watch(
+    settings: Settings, planned: Plan, enabled: bool, heard: Callable[[dict[str, float]], None] | None = None
+) -> Iterator[Events]:
+    """The events of one worker; only an enabled one (the main process) shows anything. `heard` gets the metrics too."""
     if not enabled:
         yield Events()
         return
-    tracker = Tracker(settings, planned.name, "train")
-    store, chosen = Store(settings.root), settings.train
-    prompts = list(chosen.evaluation_prompts)
-    requests = [
-        Request(
-            prompt=prompt,
-            seed=EVALUATION_SEED + index,
-            steps=chosen.evaluation_steps,
-            guidance_scale=chosen.evaluation_guidance,
-            size_px=settings.encode.resolution_px,
-        )
-        for index, prompt in enumerate(prompts)
-    ]
-    engines: list[Engine] = []
+    tracker, total = Tracker(settings, planned.name, "train"), settings.train.images
+    gallery, stop = Gallery(settings, planned, tracker), EarlyStop(settings, planned)
+    told: list[str] = []  # checkpoints
+    before = [found.images_seen for found in checkpoints.read_all(Store(settings.root), planned.name) if found.state]
+    bar = Progress("train", total, done=max(before, default=0), unit="images", rejected="")
 
     def logged(metrics: dict[str, float]) -> None:
         tracker.log(metrics)
-        done, total = int(metrics["images_seen"]), chosen.images
-        left_min = (total - done) / max(metrics["images_per_s"], 1e-9) / 60
-        print(
-            f"train {done}/{total} images  {100 * done / total:.0f}%  loss {metrics['loss']:.4f}  "
-            f"{metrics['images_per_s']:.0f} images/s  {left_min:.1f} min left",
-            flush=True,
-        )
+        if heard is not None:
+            heard(metrics)
+        bar.update(int(metrics["images_seen"]), note=f"loss {metrics['loss']:.4f}")
 
     def checkpointed(checkpoint: Checkpoint) -> None:
-        print(f"train: checkpoint {checkpoint.id}", flush=True)
-
-    def pictures_due(images_seen: int, unet: torch.nn.Module) -> None:
-        if not prompts:
-            return
-        if not engines:
-            engines.append(Engine.load(settings.diffusion, unet, next(unet.parameters()).device))
-        pictures = engines[0].generate(requests)
-        tracker.pictures(images_seen, prompts, pictures)
-        sink = io.BytesIO()
-        contact_sheet([(f"{images_seen} images seen", pictures)], settings.encode.resolution_px).save(sink, "PNG")
-        store.write_bytes(f"reports/{planned.name}/{images_seen:09d}.png", sink.getvalue())
+        if not told:
+            tracker.dataset(checkpoint.training.get("dataset"))
+        told.append(checkpoint.name)
+        print(f"train: checkpoint {checkpoint.name}", flush=True)
 
     try:
-        yield Events(logged=logged, checkpointed=checkpointed, pictures_due=pictures_due)
+        with bar:
+            yield Events(logged=logged, checkpointed=checkpointed, pictures_due=gallery.hang, stop_due=stop)
     finally:
         tracker.finish()
+
+
+class Gallery:
+    """Pictures of the evaluation prompts and of a user's own, at fixed seeds: a sheet each time, and one that grows."""
+
+    def __init__(self, settings: Settings, planned: Plan, tracker: Tracker) -> None:
+        chosen = settings.train
+        self.settings, self.tracker, self.store = settings, tracker, Store(settings.root)
+        self.folder = f"reports/{planned.name}"
+        self.prompts = [*chosen.evaluation_prompts, *chosen.more_prompts]
+        self.requests = [
+            Request(
+                prompt=prompt,
+                seed=EVALUATION_SEED + index,
+                steps=chosen.evaluation_steps,
+                guidance_scale=chosen.evaluation_guidance,
+                size_px=settings.encode.resolution_px,
+            )
+            for index, prompt in enumerate(self.prompts)
+        ]
+        self._engine: Engine | None = None
+
+    def hang(self, images_seen: int, unet: torch.nn.Module) -> None:
+        """Draw them with this UNet, which is not kept waiting by whoever looks on."""
+        if not self.prompts:
+            return
+        if self._engine is None:
+            self._engine = Engine.load(self.settings.diffusion, unet, next(unet.parameters()).device)
+        pictures = self._engine.generate(self.requests)
+        self.tracker.pictures(images_seen, self.prompts, [request.seed for request in self.requests], pictures)
+        self.store.write_bytes(f"{self.folder}/{images_seen:09d}.png", _png(column(pictures)))
+        self.store.write_bytes(f"{self.folder}/{SHEET}", _png(self.sheet()))
+
+    def sheet(self) -> Image.Image:
+        """All that was hung so far: a row for each prompt, a column for each time. An earlier run's columns are among them;
+        those of other prompts are left out."""
+        height, columns = self.settings.encode.resolution_px * len(self.prompts), []
+        for path in self.store.list(self.folder):
+            name = path.rsplit("/", 1)[-1].removesuffix(".png")
+            if name.isdigit():
+                with Image.open(io.BytesIO(self.store.read_bytes(path))) as picture:
+                    if picture.height == height:
+                        columns.append((f"{int(name):,}", picture.convert("RGB")))
+        return timeline(self.prompts, columns)
+
+
+def _png(picture: Image.Image) -> bytes:
+    sink = io.BytesIO()
+    picture.save(sink, "PNG")
+    return sink.getvalue()
+
+
+def stalled(losses: Sequence[float], patience: int) -> bool:
+    """Whether none of the last `patience` losses is below the lowest before them."""
+    return len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
+
+
+class EarlyStop:
+    """Says at a checkpoint whether the held-out loss has not improved for `train.early_stop_patience` checkpoints.
+
+    Only checkpoints that are written count, so the answer may come one checkpoint later; measured losses are kept with the
+    other evaluations, so a resumed run and promotion find them. On an accelerator it needs room for a second UNet.
+    """
+
+    def __init__(self, settings: Settings, planned: Plan) -> None:
+        self.settings, self.planned, self.patience = settings, planned, settings.train.early_stop_patience
+
+    def __call__(self, images_seen: int) -> bool:
+        if self.patience is None:
+            return False
+        losses = self.losses()
+        if not stalled(losses, self.patience):
+            return False
+        print(
+            f"train: the held-out loss has not improved for {self.patience} checkpoints (lowest {min(losses):.5f}, now "
+            f"{losses[-1]:.5f}); ends after {images_seen} images",
+            flush=True,
+        )
+        return True
+
+    def losses(self) -> list[float]:
+        """The mean held-out loss of every whole checkpoint, in order."""
+        from momalisa.promotion import measure
+
+        found = []
+        for checkpoint in checkpoints.read_all(Store(self.settings.root), self.planned.name):
+            result = measure.measured(self.settings, self.planned, checkpoint.path, measure.LOSSES)
+            if "error" not in result:
+                found.append(sum(result["held_out"]) / len(result["held_out"]))
+        return found

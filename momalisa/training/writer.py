@@ -13,6 +13,7 @@ import torch
 
 from momalisa import checkpoint as checkpoints
 from momalisa.checkpoint import Checkpoint
+from momalisa.checkpoint.retention import retain
 from momalisa.storage import Store
 from momalisa.training import state as trainer_state
 from momalisa.training.model import Denoiser, add_text_adapters, of_unet
@@ -33,9 +34,11 @@ class Writer:
     """Writes snapshots one after another in a thread. One that cannot be written (a full disk) is reported and passed
     over: the checkpoints before it stand, and training goes on to the next."""
 
-    def __init__(self, store: Store, keep_states: int, said: Callable[[Checkpoint], None]) -> None:
-        """`keep_states`: how many of the newest checkpoints keep what training resumes from."""
-        self.store, self.keep_states, self.said = store, keep_states, said
+    def __init__(
+        self, store: Store, keep_states: int, said: Callable[[Checkpoint], None], keep_weights: int | None = None
+    ) -> None:
+        """`keep_states`: how many of the newest checkpoints keep what training resumes from; `keep_weights`: how many stay."""
+        self.store, self.keep_states, self.keep_weights, self.said = store, keep_states, keep_weights, said
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._waiting: Future[Checkpoint] | None = None
         self.failure: Exception | None = None  # of the last snapshot, if it could not be written
@@ -75,6 +78,5 @@ class Writer:
             add_text_adapters(weights, snapshot.denoiser.text_encoder, snapshot.average)
             trainer_state.write(state, snapshot.state, snapshot.progress)
             written = checkpoints.write(self.store, snapshot.checkpoint, weights, state)
-        for old in checkpoints.read_all(self.store, written.run)[: -self.keep_states]:
-            checkpoints.forget_state(self.store, old)
+        retain(self.store, written.run, self.keep_states, self.keep_weights)
         return written

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from momalisa import config
-from momalisa.checkpoint import load_unet, read_best
+from momalisa.checkpoint import load_unet, read_all, read_best
 from momalisa.dataset import Dataset
 from momalisa.miniature.wing import serve_in_thread
 from momalisa.storage import Store
@@ -29,6 +30,8 @@ SMALL = [
     "--train.evaluation_steps=2",
     '--train.evaluation_prompts=["A MOMA artwork of: a coffee"]',
     "--promote.distance_pictures=4",
+    "--promote.gate_pictures=2",
+    "--promote.general_pictures=2",
     "--promote.distance_steps=2",
     "--promote.timesteps=2",
     '--promote.contact_prompts=["A MOMA artwork of: a coffee"]',
@@ -81,6 +84,44 @@ def test_wandb_kept_its_files_offline_and_no_secret(finished: tuple[config.Setti
     settings, _ = finished
     runs = list((Path(settings.root) / "wandb").glob("offline-run-*"))
     assert len(runs) == 2  # train and promote
+
+
+def test_the_evaluation_prompts_hang_over_time(finished: tuple[config.Settings, dict[str, Any]]) -> None:
+    settings, _ = finished
+    (sheet,) = [path for path in Store(settings.root).list("reports") if path.endswith("/evaluation.png")]
+    assert len(Store(settings.root).read_bytes(sheet)) > 1000
+
+
+def test_the_decision_is_explained_overruled_and_taken_back(
+    finished: tuple[config.Settings, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, summary = finished
+    store = Store(settings.root)
+    pointer = store.read_pointer("refs/best")
+    arguments = ["--config", CONFIG, f"--root={settings.root}", *SMALL]
+    best = read_best(store)
+    other = next(found for found in read_all(store, best.run) if found.name != best.name)
+
+    def call(*options: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["promote", *options, *arguments])
+        promote.main()
+        return capsys.readouterr().out
+
+    table = call("--explain")
+    assert best.name in table
+    assert store.read_pointer("refs/best") == pointer
+    (page,) = [path for path in store.list("reports") if path.endswith("/promotion.html")]
+    assert "<svg" in store.read_bytes(page).decode()
+    assert f"refs/best is {other.path}, by hand" in call("--to", other.name)
+    assert read_best(store) == other
+    assert f"refs/best is {best.path} again" in call("--rollback")
+    assert read_best(store) == best
+    log = call("--log")
+    assert [line.split()[2] for line in log.splitlines()[:3]] == ["rollback", "hand", "evidence"]
+    assert "3 promotions" in log
+    assert store.read_json("refs/best")["checkpoint"] == summary["checkpoint"]
+    assert "has a held-out loss of" in (watched := call("--watch"))  # the run is complete: it chooses at once
+    assert "nothing new" in watched
 
 
 def test_a_second_run_does_nothing_new_and_says_so(

@@ -2,34 +2,40 @@
 
     <root>/checkpoints/<run>/<images seen>/weights/   a UNet folder as diffusers saves it, or a LoRA file
     <root>/checkpoints/<run>/<images seen>/state/     what training resumes from
+    <root>/checkpoints/<run>/<images seen>/README.md  the model card
     <root>/checkpoints/<run>/<images seen>/manifest.json
     <root>/refs/best                                   which checkpoint hangs in the hall
 
-A checkpoint without a manifest does not exist; one whose files are not what its manifest says is never loaded.
+A checkpoint without a manifest does not exist; one whose files are not what its manifest says is never loaded. The parts
+that fine-tuning leaves alone stay with the base, which the manifest names; `python -m momalisa.checkpoint export` puts
+them together for plain diffusers.
 """
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 
+from momalisa.checkpoint.card import card, licence
 from momalisa.config import Diffusion
 from momalisa.storage import Store
 from momalisa.weights import locate
 
 BEST = "refs/best"
+FORMAT = "momalisa/1"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 class NoCheckpoint(ValueError):
-    """There is nothing to promote or to serve yet; the message says which job makes it."""
+    """There is nothing whole to promote or to serve; the message says what was found, or which job makes it."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +49,19 @@ class Checkpoint:
     files: dict[str, str]  # name below weights/ -> sha256
     lora: bool = False
     state: dict[str, str] = field(default_factory=dict)  # name below state/ -> sha256: what training resumes from
-    training: dict[str, Any] = field(default_factory=dict)  # dataset manifest, settings, loss
+    training: dict[str, Any] = field(default_factory=dict)  # dataset version, settings, losses
+    metrics: dict[str, float] = field(default_factory=dict)  # the last training loss
+    licence: str = ""  # of the base: what whoever passes the weights on is bound by
+    format: str = FORMAT
 
     @property
     def id(self) -> str:
         return f"{self.run}-{self.images_seen}"
+
+    @property
+    def name(self) -> str:
+        """`RUN@IMAGES`: what commands take."""
+        return f"{self.run}@{self.images_seen}"
 
     @property
     def diffusion(self) -> Diffusion:
@@ -55,27 +69,82 @@ class Checkpoint:
 
 
 def write(store: Store, checkpoint: Checkpoint, weights: Path, state: Path | None = None) -> Checkpoint:
-    """Upload a folder of weights, and of trainer state, then the manifest; returns the checkpoint with its hashes."""
-    files = store.upload(weights, f"{checkpoint.path}/weights")
-    saved = store.upload(state, f"{checkpoint.path}/state") if state else {}
-    complete = Checkpoint(**{**asdict(checkpoint), "files": files, "state": saved})
+    """Upload a folder of weights, and of trainer state, the card, then the manifest; returns the checkpoint with its hashes."""
+    losses = checkpoint.training.get("losses") or []
+    complete = replace(
+        checkpoint,
+        files=store.upload(weights, f"{checkpoint.path}/weights"),
+        state=store.upload(state, f"{checkpoint.path}/state") if state else {},
+        metrics={"training_loss": float(losses[-1][1])} if losses else {},
+        licence=licence(checkpoint.base["model"]),
+    )
+    store.write_bytes(f"{checkpoint.path}/README.md", card(asdict(complete)).encode())
     store.write_json(f"{checkpoint.path}/manifest.json", asdict(complete))
     return complete
 
 
 def read(store: Store, path: str) -> Checkpoint:
-    """The checkpoint at a path. Raises NoCheckpoint where there is no manifest."""
+    """The checkpoint at a path. Raises NoCheckpoint where there is no manifest, or one that is not ours."""
     try:
-        return Checkpoint(**store.read_json(f"{path}/manifest.json"))
+        value = store.read_json(f"{path}/manifest.json")
     except FileNotFoundError as error:
         raise NoCheckpoint(f"{store.url(path)} holds no complete checkpoint") from error
+    except ValueError as error:
+        raise NoCheckpoint(f"{store.url(path)}/manifest.json is damaged: {error}") from error
+    if (wrong := _wrong(value, path)) is not None:
+        raise NoCheckpoint(f"{store.url(path)} is not a checkpoint of this program: {wrong}")
+    return Checkpoint(**value)
+
+
+def _wrong(value: Any, path: str) -> str | None:
+    """Why a manifest is none of ours, or None."""
+    if not isinstance(value, dict) or value.get("format", FORMAT) != FORMAT:
+        return f"its manifest's format is not {FORMAT!r}"
+    known = {entry.name for entry in fields(Checkpoint)}
+    needed = {"path", "run", "images_seen", "base", "files"}
+    if unknown := sorted((set(value) - known) | (needed - set(value))):
+        return f"its manifest has other fields ({', '.join(unknown)})"
+    if value["path"] != path:
+        return f"its manifest belongs to {value['path']}"
+    names = [*value["files"], *value.get("state", {})]
+    if outside := [name for name in names if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute()]:
+        return f"its manifest names {outside[0]!r}"
+    return None if value["files"] else "its manifest names no weights"
 
 
 def read_all(store: Store, run: str) -> list[Checkpoint]:
-    """Every complete checkpoint of a run, in order of images seen."""
-    manifests = [path for path in store.list(f"checkpoints/{run}") if path.endswith("/manifest.json")]
-    found = [read(store, path.removesuffix("/manifest.json")) for path in manifests]
+    """Every complete checkpoint of a run, in order of images seen. One that is damaged or foreign is passed over and said."""
+    found = []
+    for path in store.list(f"checkpoints/{run}"):
+        if path.endswith("/manifest.json"):
+            try:
+                found.append(read(store, path.removesuffix("/manifest.json")))
+            except NoCheckpoint as error:
+                print(f"checkpoints: {error}; passed over", flush=True)
     return sorted(found, key=lambda checkpoint: checkpoint.images_seen)
+
+
+def find(store: Store, name: str) -> Checkpoint:
+    """The checkpoint called `RUN@IMAGES`. Raises NoCheckpoint naming those that there are."""
+    run, _, images = name.rpartition("@")
+    found = read_all(store, run) if run and images.isdigit() else []
+    for checkpoint in found:
+        if checkpoint.images_seen == int(images):
+            return checkpoint
+    known = ", ".join(checkpoint.name for checkpoint in found) or "none of that run; a name is RUN@IMAGES"
+    raise NoCheckpoint(f"{store.root} holds no checkpoint {name!r}: there are {known}")
+
+
+def verify(store: Store, checkpoint: Checkpoint) -> None:
+    """Raises ValueError naming the weights' file that is gone, or is not what the manifest says."""
+    for name, expected in checkpoint.files.items():
+        path = f"{checkpoint.path}/weights/{name}"
+        try:
+            actual = hashlib.sha256(store.read_bytes(path)).hexdigest()
+        except FileNotFoundError as error:
+            raise ValueError(str(error)) from error
+        if actual != expected:
+            raise ValueError(f"{store.url(path)} has sha256 {actual[:16]}..., its manifest says {expected[:16]}...")
 
 
 def read_best(store: Store) -> Checkpoint:
@@ -83,15 +152,6 @@ def read_best(store: Store) -> Checkpoint:
     if not store.exists(BEST):
         raise NoCheckpoint(f"{store.url(BEST)} does not exist: run the promote job first")
     return read(store, store.read_json(BEST)["checkpoint"])
-
-
-def forget_state(store: Store, checkpoint: Checkpoint) -> None:
-    """Keep a checkpoint's weights only. The manifest first: what it does not name is nobody's."""
-    if not checkpoint.state:
-        return
-    store.write_json(f"{checkpoint.path}/manifest.json", asdict(replace(checkpoint, state={})))
-    for name in checkpoint.state:
-        store.delete(f"{checkpoint.path}/state/{name}")
 
 
 def save_weights(unet: Any, directory: Path, values: dict[str, torch.Tensor] | None = None, lora: bool = False) -> None:

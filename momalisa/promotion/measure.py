@@ -1,0 +1,231 @@
+"""What is measured of one model, each a function of settings, run and a checkpoint's path (None: the base).
+
+Results are kept below `evaluations/<run>/<images>/<what decides them>/`, so nothing is measured twice, and whoever comes
+next (promotion, an early stop, retention) finds them. Each function leaves torch's random state as it was.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from momalisa import alignment, copies
+from momalisa import checkpoint as checkpoints
+from momalisa.config import Settings
+from momalisa.dataset import Dataset
+from momalisa.diffusion import Schedule
+from momalisa.engine import Engine, Request
+from momalisa.latents import Autoencoder, TextEncoder
+from momalisa.promotion import general
+from momalisa.quality import ClipFeatures, held_out_losses, mmd2
+from momalisa.storage import Store
+from momalisa.training import run as runs
+from momalisa.training.cache import LatentCache
+from momalisa.training.run import Plan
+from momalisa.weights import identity, short_id
+
+PICTURE_SEED = 10_000
+GATE_SEED = 20_000
+LOSSES, GATES, DISTANCE = "losses", "gates", "distance"
+DECISIVE = {
+    LOSSES: ("timesteps", "max_pictures"),
+    GATES: ("gate_pictures", "general_pictures", "timesteps", "distance_steps", "guidance_scale"),
+    DISTANCE: ("distance_pictures", "distance_steps", "guidance_scale", "reference"),
+}
+Measured = dict[str, Any]  # numbers and lists, as JSON
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def place(settings: Settings, planned: Plan, path: str | None, what: str) -> str:
+    """Where a measurement is kept: of these very weights, under every setting that decides it."""
+    chosen, store = settings.promote, Store(settings.root)
+    weights = identity(settings.diffusion.model, settings.diffusion.revision)
+    if path is not None:
+        weights += repr(sorted(checkpoints.read(store, path).files.items()))
+    judges = {
+        LOSSES: (),
+        GATES: (general.path(settings), _identity(chosen.alignment_model, chosen.alignment_revision)),
+        DISTANCE: (_identity(chosen.clip_model, chosen.clip_revision),),
+    }[what]
+    name = short_id(what, weights, [getattr(chosen, field) for field in DECISIVE[what]], judges, settings.encode.resolution_px)
+    return f"evaluations/{planned.name}/{'base' if path is None else path.rsplit('/', 1)[-1]}/{name}/{what}.json"
+
+
+def _identity(model: str | None, revision: str | None) -> str | None:
+    return identity(model, revision) if model else None
+
+
+def known(settings: Settings, planned: Plan, path: str | None, what: str) -> Measured | None:
+    """What was measured before, or None."""
+    try:
+        found: Measured = Store(settings.root).read_json(place(settings, planned, path, what))
+    except FileNotFoundError:
+        return None
+    return found
+
+
+def measured(settings: Settings, planned: Plan, path: str | None, what: str) -> Measured:
+    """Measure, or read what was measured. A checkpoint that is not whole gives {"error": why} and leaves nothing behind."""
+    if (found := known(settings, planned, path, what)) is not None:
+        return found
+    functions: dict[str, Callable[[Settings, Plan, Any], Measured]] = {LOSSES: _losses, GATES: _gates, DISTANCE: _distance}
+    with torch.random.fork_rng():
+        try:
+            unet = load_unet(settings, path)
+        except (ValueError, OSError) as error:
+            if path is None:
+                raise
+            return {"error": str(error)}
+        result = {"checkpoint": path, **functions[what](settings, planned, unet)}
+    Store(settings.root).write_json(place(settings, planned, path, what), result)
+    return result
+
+
+def load_unet(settings: Settings, path: str | None) -> Any:
+    """The UNet of a checkpoint's path, or the base's for None, on this machine's device."""
+    if path is None:
+        return checkpoints.load_base_unet(settings.diffusion).to(device())
+    store = Store(settings.root)
+    return checkpoints.load_unet(store, checkpoints.read(store, path)).to(device())
+
+
+def _losses(settings: Settings, planned: Plan, unet: Any) -> Measured:
+    """`held_out`: losses of works that training never saw."""
+    _, held_out = runs.split(settings, planned)
+    works = held_out.rows(list(range(min(len(held_out), settings.promote.max_pictures))))
+    return {"held_out": _grid(settings, unet, works)}
+
+
+def _grid(settings: Settings, unet: Any, rows: LatentCache) -> list[float]:
+    """The loss of each row, over a fixed grid of timesteps and noise."""
+    chosen, text_encoder = settings.promote, TextEncoder.load(settings.diffusion, device())
+    factor, schedule = (
+        Autoencoder.load(settings.diffusion).scaling_factor,
+        Schedule.load(settings.diffusion, settings.train.zero_terminal_snr),
+    )
+    losses: list[float] = held_out_losses(unet, schedule, text_encoder, factor, rows, chosen.timesteps, chosen.batch).tolist()
+    return losses
+
+
+def draw_general(settings: Settings) -> None:
+    """Have the base draw the general captions, unless it did."""
+    general.draw(settings, device())
+
+
+def _gates(settings: Settings, planned: Plan, unet: Any) -> Measured:
+    """`general`: losses of the general captions. `alignment`: a score for each picture of a training caption. `nearest`: its
+    distance to the nearest training picture; `limit`: the distance below which it is a copy."""
+    found: Measured = {"general": None, "alignment": None, "nearest": None, "limit": None}
+    if settings.promote.general_pictures:
+        draw_general(settings)
+        found["general"] = _grid(settings, unet, general.load(settings))
+    return found | (_pictures(settings, planned, unet) if settings.promote.gate_pictures else {})
+
+
+def _pictures(settings: Settings, planned: Plan, unet: Any) -> Measured:
+    """What pictures of training captions show."""
+    chosen = settings.promote
+    training, held_out = runs.split(settings, planned)
+    some = np.linspace(0, len(training) - 1, chosen.gate_pictures).round().astype(int).tolist()
+    prompts = [training.captions[index] for index in some]
+    pictures = opened(drawn(settings, unet, prompts, GATE_SEED))
+    found: Measured = {}
+    if chosen.alignment_model is not None:
+        judge = alignment.load(chosen.alignment_model, chosen.alignment_revision, settings.diffusion, device())
+        asked = [prompt.removeprefix(settings.caption.prefix) for prompt in prompts]
+        found["alignment"] = judge(pictures, asked).tolist()
+    looks = thumbnails(settings)
+    ours, theirs = ([looks[id] for id in half.ids if id in looks] for half in (training, held_out))
+    if len(ours) > 1 and theirs:
+        trained = np.stack(ours)
+        found["nearest"] = copies.nearest(copies.features(pictures), trained).tolist()
+        found["limit"] = copies.threshold(trained, np.stack(theirs))
+    return found
+
+
+def thumbnails(settings: Settings) -> dict[str, np.ndarray]:
+    """The looks [16, 16, 3] of works by their ids, each the square that training sees."""
+    dataset = Dataset(settings.dataset)
+    rows = dataset.rows(dataset.latest().images, ["id", "thumbnail", "width", "height"])
+    return {row["id"]: copies.squared(row["thumbnail"], row["width"], row["height"]) for row in rows if row["thumbnail"]}
+
+
+def _distance(settings: Settings, planned: Plan, unet: Any) -> Measured:
+    """`mmd`: MMD^2 x 1000 of pictures of the reference's captions to the reference, of `pictures` pairs."""
+    assert settings.promote.clip_model is not None
+    pairs, _ = references(settings, planned)
+    features = ClipFeatures(settings.promote.clip_model, settings.promote.clip_revision, device())
+    pictures = opened(drawn(settings, unet, [caption for caption, _ in pairs], PICTURE_SEED))
+    return {"mmd": mmd2(features(pictures), features([picture for _, picture in pairs])), "pictures": len(pairs)}
+
+
+def collection_distance(settings: Settings, planned: Plan) -> float | None:
+    """MMD^2 x 1000 of the reference to more of itself; None where there is no more."""
+    assert settings.promote.clip_model is not None
+    pairs, more = references(settings, planned)
+    if len(more) < 2:
+        return None
+    features = ClipFeatures(settings.promote.clip_model, settings.promote.clip_revision, device())
+    return mmd2(features(more), features([picture for _, picture in pairs]))
+
+
+def generate(settings: Settings, path: str | None, prompts: Sequence[str], first_seed: int) -> list[bytes]:
+    """PNG pictures of prompts by a checkpoint (None: the base), at seeds that are equal for every checkpoint."""
+    return drawn(settings, load_unet(settings, path), prompts, first_seed)
+
+
+def drawn(settings: Settings, unet: Any, prompts: Sequence[str], first_seed: int) -> list[bytes]:
+    """PNG pictures of prompts by a UNet; the seed of each is its place's."""
+    engine = Engine.load(settings.diffusion, unet, device())
+    chosen, pictures = settings.promote, []
+    for start in range(0, len(prompts), chosen.batch):
+        requests = [
+            Request(
+                prompt=prompt,
+                seed=first_seed + start + index,
+                steps=chosen.distance_steps,
+                guidance_scale=chosen.guidance_scale,
+                size_px=settings.encode.resolution_px,
+            )
+            for index, prompt in enumerate(prompts[start : start + chosen.batch])
+        ]
+        pictures += [png(picture) for picture in engine.generate(requests)]
+    return pictures
+
+
+def png(picture: Image.Image) -> bytes:
+    sink = io.BytesIO()
+    picture.save(sink, "PNG")
+    return sink.getvalue()
+
+
+def opened(pictures: Sequence[bytes]) -> list[Image.Image]:
+    return [Image.open(io.BytesIO(data)).convert("RGB") for data in pictures]
+
+
+def references(settings: Settings, planned: Plan) -> tuple[list[tuple[str, Image.Image]], list[Image.Image]]:
+    """(caption, picture) pairs that generated pictures are compared with, and more pictures of the same captions.
+
+    The miniature museum's works never end, so both come from seeds that nobody has seen; a real collection has its
+    held-out works and no more.
+    """
+    if settings.promote.reference == "wing":
+        from momalisa.miniature.wing import further_works
+
+        count = settings.promote.distance_pictures
+        pairs = [(settings.caption.prefix + caption, picture) for caption, picture in further_works(count, seed=1)]
+        return pairs, [picture for _, picture in further_works(count, seed=2)]
+    _, held_out = runs.split(settings, planned)
+    captions = dict(zip(held_out.ids, held_out.captions, strict=True))
+    dataset = Dataset(settings.dataset)
+    rows = dataset.rows(dataset.latest().images, ["id", "bytes"])
+    pairs = [(captions[row["id"]], opened([row["bytes"]])[0]) for row in rows if row["id"] in captions]
+    return pairs[: settings.promote.distance_pictures], []
