@@ -52,6 +52,7 @@ def test_what_has_no_shape_is_drawn_all_the_same(engine: Engine) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # the C++ compiler
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_nothing_is_compiled_while_pictures_are_drawn(diffusion: Diffusion, tmp_path: Path) -> None:
     engine, plain = Engine.load(diffusion, max_rows=2), Engine.load(diffusion, max_rows=2)
