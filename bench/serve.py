@@ -38,7 +38,7 @@ SUBJECTS = ("three red circles on a blue ground", "a tree in autumn under a whit
 SHARES_OF_ONE = (0.5, 0.9)
 SHARES_OF_BATCH = (0.5, 0.8, 0.95)
 BURST = 16
-AT_ONCE = 32  # requests in flight while a peak is measured
+AT_ONCE = {"one": 4, "batch": 32, "ours": 32}  # requests in flight while a peak is measured: more would only wait
 SYSTEMS = ("one", "batch", "ours")
 
 
@@ -216,7 +216,7 @@ async def peak(client: Client, requests: list[dict[str, Any]], seconds: float) -
             await client.ask(next(line))
             done += 1
 
-    await asyncio.gather(*(visitor() for _ in range(AT_ONCE)))
+    await asyncio.gather(*(visitor() for _ in range(AT_ONCE[client.system])))
     return done / (time.perf_counter() - began)
 
 
@@ -232,8 +232,8 @@ async def arrivals(client: Client, requests: list[dict[str, Any]], times: list[f
 
 
 def poisson(rate: float, seconds: float) -> list[float]:
-    rng, times, now = random.Random(7), [], 0.0
-    while (now := now + rng.expovariate(rate)) < seconds:
+    rng, times = random.Random(7), [0.0]
+    while (now := times[-1] + rng.expovariate(rate)) < seconds:
         times.append(now)
     return times
 
@@ -273,7 +273,7 @@ async def measure(system: str, address: str, options: argparse.Namespace, loads:
     timeout, connector = aiohttp.ClientTimeout(total=600), aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         client = Client(session, system, address, options.size)
-        await arrivals(client, requests[:BURST], [0.0] * BURST)  # to warm up
+        await arrivals(client, requests[:BURST], [0.0] * AT_ONCE[system])  # to warm up
         highest = await peak(client, requests, options.seconds)
         log(system=system, peak=round(highest, 2))
         if system == "one":

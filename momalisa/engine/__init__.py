@@ -15,6 +15,7 @@ from momalisa.engine.engine import Engine
 from momalisa.engine.events import Broken, Done, Event, GenerationError, Preview
 from momalisa.engine.request import SAMPLERS, Request, Sampler, from_parameters, to_parameters
 from momalisa.engine.samplers import scheduler_config
+from momalisa.engine.tiers import Tier, at_tier
 
 __all__ = [
     "SAMPLERS",
@@ -26,6 +27,8 @@ __all__ = [
     "Preview",
     "Request",
     "Sampler",
+    "Tier",
+    "at_tier",
     "from_parameters",
     "scheduler_config",
     "to_parameters",

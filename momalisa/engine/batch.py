@@ -71,7 +71,7 @@ class Batch:
         factors = torch.stack([trajectory.table.factors[trajectory.done] for trajectory in self.trajectories]).to(
             self.device, non_blocking=True
         )
-        timesteps, scales = factors[:, -2], factors[:, -1].view(-1, 1, 1, 1)
+        timesteps, scales = factors[:, -2].contiguous(), factors[:, -1].view(-1, 1, 1, 1)
         guided, weights, states = self._layout()
         latents = self._state[:, LATENTS] * scales
         if len(guided):

@@ -84,7 +84,8 @@ class Trajectory:
     def known_latents(self, step: int, image: Tensor, noise: Tensor) -> Tensor:
         """The image's latents as noisy as they are before a step."""
         signal, level = self.table.known[step].tolist()
-        return image * signal + noise * level
+        latents: Tensor = image * signal + noise * level
+        return latents
 
 
 def pixels_of(picture: Image.Image) -> Tensor:
@@ -95,8 +96,8 @@ def pixels_of(picture: Image.Image) -> Tensor:
 def mask_of(picture: Image.Image, factor: int) -> Tensor:
     """L -> [1, h, w] float32, 0 or 1: one pixel stands for each latent place, as in diffusers' pipeline."""
     white = (_bytes(picture) / 255 >= 0.5).float()
-    mask: Tensor = torch.nn.functional.interpolate(white[None, None], scale_factor=1 / factor)[0]
-    return mask
+    places: Tensor = torch.nn.functional.interpolate(white[None, None], scale_factor=1 / factor)
+    return places[0]
 
 
 def _bytes(picture: Image.Image) -> Tensor:
