@@ -7,6 +7,7 @@ import base64
 import io
 import json
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -285,3 +286,15 @@ async def test_an_adapter_that_is_not_there_is_the_callers_error(client: httpx.A
         answer = await client.post(PATH, json={"prompt": "x", "adapter": name})
         assert answer.status_code == 400
         assert message in answer.json()["error"]["message"]
+
+
+async def test_a_pictures_own_file_is_enough_to_paint_it_again(client: httpx.AsyncClient, tiny_base: Path) -> None:
+    from momalisa.config import Diffusion
+    from momalisa.engine import Engine, from_parameters
+    from serve.png import read
+
+    asked = {"prompt": "a boat", "seed": 7, "steps": 5, "guidance_scale": 3, "negative_prompt": "red", "sampler": "unipc"}
+    data = base64.b64decode((await client.post(PATH, json=asked)).json()["data"][0]["b64_json"])
+    again = Engine.load(Diffusion(model=str(tiny_base))).generate([from_parameters(read(data))])[0]
+    painted = Image.open(io.BytesIO(data)).tobytes()
+    assert max(abs(a - b) for a, b in zip(painted, again.tobytes(), strict=True)) <= 1
