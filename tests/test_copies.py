@@ -30,7 +30,10 @@ def test_a_mirrored_copy_is_a_copy_and_a_retouched_one_too() -> None:
     pictures = drawings(60, 0)
     training, held_out = copies.features(pictures[:40]), copies.features(pictures[40:])
     limit = copies.threshold(training, held_out)
-    again = [ImageOps.mirror(pictures[3]), pictures[5].resize((64, 64)), pictures[7].point(lambda value: min(255, value + 6))]
+    turned = np.sqrt(((training - training[:, :, ::-1]) ** 2).mean(axis=(1, 2, 3)))
+    lopsided = pictures[int(turned.argmax())]
+    assert turned.max() > 2 * limit
+    again = [ImageOps.mirror(lopsided), pictures[5].resize((64, 64)), pictures[7].point(lambda value: min(255, value + 6))]
     assert (copies.nearest(copies.features(again), training) < limit).all()
     fresh = copies.nearest(copies.features(drawings(40, 500)), training)
     assert copies.rate(fresh.tolist(), limit).share <= 0.1
