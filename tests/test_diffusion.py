@@ -44,15 +44,21 @@ def test_min_snr_weights(schedule: Schedule) -> None:
     assert torch.equal(schedule.weights(timesteps, None), torch.ones(1000))
 
 
-@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
-def test_a_model_that_predicts_something_else_is_refused(tmp_path: Path, prediction: str) -> None:
-    PNDMScheduler(prediction_type="v_prediction" if prediction == "v_prediction" else "epsilon").save_pretrained(
-        tmp_path / "scheduler"
-    )
-    if prediction == "sample":
-        DDPMScheduler(prediction_type="sample").save_pretrained(tmp_path / "scheduler")
-    with pytest.raises(ValueError, match=f"predicts '{prediction}', not 'epsilon'"):
+def test_a_model_that_predicts_something_else_is_refused(tmp_path: Path) -> None:
+    DDPMScheduler(prediction_type="sample").save_pretrained(tmp_path / "scheduler")
+    with pytest.raises(ValueError, match="predicts 'sample', not 'epsilon' or 'v_prediction'"):
         Schedule.load(Diffusion(model=str(tmp_path)))
+
+
+def test_what_a_model_predicts_is_its_target(tmp_path: Path, schedule: Schedule) -> None:
+    PNDMScheduler(prediction_type="v_prediction").save_pretrained(tmp_path / "scheduler")
+    of_v = Schedule.load(Diffusion(model=str(tmp_path)))
+    source = torch.Generator().manual_seed(1)
+    latents, noise = (torch.randn((5, *SHAPE), generator=source) for _ in range(2))
+    timesteps = torch.tensor([0, 10, 500, 900, 999])
+    expected = DDPMScheduler.from_pretrained(tmp_path, subfolder="scheduler").get_velocity(latents, noise, timesteps)
+    torch.testing.assert_close(of_v.target(latents, noise, timesteps), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(schedule.target(latents, noise, timesteps), noise)
 
 
 samples = st.lists(st.tuples(st.integers(0, 3), st.text(max_size=4)), min_size=1, max_size=8, unique=True)
@@ -66,7 +72,7 @@ def test_a_samples_draws_do_not_know_the_batch(batch: list[tuple[int, str]], dat
     part = order[: data.draw(st.integers(1, len(batch)))]
     torch.rand(3)  # nor the global generator
     some = draws(seed, [batch[i] for i in part], SHAPE, 1000, 0.5)
-    for name in ("latent_noise", "noise", "timesteps", "dropped"):
+    for name in ("latent_noise", "noise", "timesteps", "dropped", "prompts"):
         assert torch.equal(getattr(some, name), getattr(whole, name)[part]), name
 
 
