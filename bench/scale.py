@@ -44,43 +44,10 @@ def make_pictures(folder: Path, count: int) -> None:
 
 def make_models(folder: Path) -> list[str]:
     """Tiny BLIP and Stable Diffusion folders; returns the settings that name them."""
-    import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import (
-        BlipConfig,
-        BlipForConditionalGeneration,
-        BlipImageProcessorPil,
-        BlipProcessor,
-        CLIPTextConfig,
-        CLIPTextModel,
-    )
+    from tests import tiny
 
-    from momalisa.miniature import models
-
-    torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-    words = models.build_blip_tokenizer()
-    special = {f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("bos", "sep", "pad")}
-    text = {"vocab_size": len(words), "encoder_hidden_size": 32, "max_position_embeddings": 64, **size, **special}
-    blip = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config={"image_size": 32, "patch_size": 8, **size}))
-    blip.save_pretrained(folder / "blip")
-    BlipProcessor(BlipImageProcessorPil(size={"height": 32, "width": 32}), words).save_pretrained(folder / "blip")
-    tokens = models.build_clip_tokenizer()
-    ends = {f"{name}_token_id": getattr(tokens, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    encoder = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokens), max_position_embeddings=77, **size, **ends))
-    down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
-    wide = {"block_out_channels": (8, 8, 8, 16), "down_block_types": down, "up_block_types": up}
-    vae = AutoencoderKL(layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=32, **wide)
-    unet = UNet2DConditionModel(
-        sample_size=4,
-        block_out_channels=(16,),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        cross_attention_dim=32,
-        norm_num_groups=8,
-    )
-    models.save_diffusion(folder / "diffusion", vae, unet, encoder, tokens)
+    tiny.save_blip(folder / "blip")
+    tiny.save_diffusion(folder / "diffusion")
     return [f"--caption.model={folder / 'blip'}", f"--diffusion.model={folder / 'diffusion'}"]
 
 
@@ -168,4 +135,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(HOME))
     main()

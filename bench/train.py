@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import resource
 import socket
@@ -26,10 +25,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from results import processor, report
 
 HERE = Path(__file__).resolve()
 PICTURES = 256
@@ -284,21 +284,6 @@ def scaling(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def processor() -> str:
-    import torch
-
-    if torch.cuda.is_available():
-        return str(torch.cuda.get_device_name())
-    found = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    return found[0] if found else platform.machine()
-
-
-def record(figures: dict[str, Any]) -> None:
-    row = [datetime.now(UTC).strftime("%Y-%m-%d"), *(str(figures[key]) for key in ("claim", "ours", "peer", "ratio", "hardware"))]
-    with open(HERE.parent / "RESULTS.md", "a", encoding="utf-8") as file:
-        file.write(f"| {' | '.join(row)} |\n")
-
-
 def main() -> None:
     from momalisa.weights import MINIATURE
 
@@ -332,10 +317,7 @@ def main() -> None:
         return
     if not options.scaling and (options.script is None or not options.script.is_file()):
         parser.error(f"--script {options.script}: give the path of train_text_to_image.py in a checkout of diffusers")
-    figures = scaling(options) if options.scaling else measure(options)
-    if options.record:
-        record(figures)
-    print(json.dumps(figures))
+    report(scaling(options) if options.scaling else measure(options), options.record)
 
 
 if __name__ == "__main__":

@@ -93,8 +93,7 @@ def _as_it_is(data: bytes, image: Image.Image, settings: Collect) -> CleanPictur
         return None
     with _opened(file) as stored:
         stored.draft(None, (LEAST_PX, LEAST_PX))
-        stored.load()
-        return CleanPicture(file, *image.size, *look(stored))
+        return CleanPicture(file, *image.size, *look(stored))  # decodes it, and so finds what is damaged
 
 
 def _cleaned(image: Image.Image, settings: Collect) -> CleanPicture:
