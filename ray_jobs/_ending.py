@@ -42,9 +42,8 @@ def stoppable() -> Iterator[Any]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # lives as long as the job
-    actor: Any = ray.remote(Bell)
-    bell = actor.options(num_cpus=0, scheduling_strategy=here).remote()
+    here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # lives as long as the job
+    bell: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Bell).remote()
     asked, over = threading.Event(), threading.Event()
 
     def watch() -> None:

@@ -1,8 +1,9 @@
 """Ray's node provider for RunPod (`provider: {type: external, module: deploy.runpod.node_provider.RunpodNodeProvider}`).
 
 RunPod has no tags, so a pod carries those that Ray gives it at birth as JSON in its environment, and its name says
-which cluster it is of. Tags that Ray changes later (its progress in setting a node up) live in this process: changing a
-pod's environment could restart it, and Ray finds running nodes by RAY_CLOUD_INSTANCE_ID.
+which cluster it is of. Tags that Ray changes later (its progress in setting a node up) live in the process that sets it
+up: changing a pod's environment could restart it. To every other process a running pod is up to date, and Ray finds its
+running nodes by RAY_CLOUD_INSTANCE_ID.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import click
 from ray.autoscaler._private.command_runner import SSHCommandRunner
 from ray.autoscaler.node_launch_exception import NodeLaunchException
 from ray.autoscaler.node_provider import NodeProvider
-from ray.autoscaler.tags import NODE_KIND_HEAD, NODE_KIND_WORKER, TAG_RAY_NODE_KIND
+from ray.autoscaler.tags import NODE_KIND_HEAD, NODE_KIND_WORKER, STATUS_UP_TO_DATE, TAG_RAY_NODE_KIND, TAG_RAY_NODE_STATUS
 
 from deploy.runpod.client import FAILED, Client, NoCapacity, NoMoney, Pod, RunpodError, Unreachable
 from deploy.runpod.spend import Ledger, made_at
@@ -103,7 +104,10 @@ class RunpodNodeProvider(NodeProvider):
     def node_tags(self, node_id: str) -> dict[str, str]:
         with self._lock:
             pod = self._pods.get(node_id)
-            return (tags_of(pod) if pod else {}) | self._later_tags.get(node_id, {})
+            tags = tags_of(pod) if pod else {}
+            if pod and pod["status"] == "RUNNING" and node_id not in self._born:
+                tags |= {TAG_RAY_NODE_STATUS: STATUS_UP_TO_DATE}  # else `ray dashboard` would not take it for a head
+            return tags | self._later_tags.get(node_id, {})
 
     def set_node_tags(self, node_id: str, tags: dict[str, str]) -> None:
         with self._lock:

@@ -50,7 +50,7 @@ class Machine:
     def inside(self, *command: str) -> list[str]:
         """The command line that runs a command in this machine's namespaces."""
         first = self._first()
-        return ["nsenter", "-t", first, "-n", "-m", "-p", "--", *command]
+        return ["nsenter", "-t", first, "-n", "-m", "-p", f"--wd={HOME}", "--", *command]
 
     def _first(self) -> str:
         """Its first process, once that is the entrypoint."""

@@ -56,6 +56,7 @@ def test_a_pod_is_entered_with_its_key_and_knows_its_environment(tmp_path: Path)
             tmp_path / "key", address, "stat -c %a ~/.node_environment ~/.ssh/authorized_keys $GOOGLE_APPLICATION_CREDENTIALS"
         )
         assert set(modes.stdout.split()) == {"600"}
+        assert machines.machines["one"].run(". deploy/node.sh; echo $NODE_IP").stdout.strip() == address
         assert "Permission denied (publickey)" in ssh(tmp_path / "other", address, "true").stderr
     assert not list(Path("/etc/netns").glob(f"mo{machines.tag}*"))
     assert "planted" not in (tmp_path / "machines" / "one" / "log").read_text()

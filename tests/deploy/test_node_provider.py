@@ -49,7 +49,8 @@ def test_tags_live_in_the_pod_and_outlive_the_autoscaler(runpod: FakeRunpod) -> 
     restarted = provider()
     assert len(restarted.non_terminated_nodes({})) == 3
     (head,) = restarted.non_terminated_nodes({"ray-node-type": "head"})
-    assert restarted.node_tags(head) == HEAD
+    assert restarted.node_tags(head) == HEAD | {"ray-node-status": "up-to-date"}
+    assert "ray-node-status" not in ours.node_tags(ours.non_terminated_nodes(WORKER)[0])  # it is being set up here
     assert len(restarted.non_terminated_nodes({"ray-launch-request": "r1"})) == 2
     assert sorted(runpod.made)[0] == "moma-head"
     assert all(name.startswith("moma-") for name in runpod.made)

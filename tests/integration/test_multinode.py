@@ -69,7 +69,7 @@ class Site:
         for host in self.hosts:
             if host.name not in self.machines.machines:
                 continue
-            shown = host.run("pgrep -fa 'RayTrainWorker' || true").stdout
+            shown = host.run("pgrep -fa '[R]ayTrainWorker' || true").stdout
             if "RayTrainWorker" in shown:
                 found[host.name] = host
         return list(found.values())
