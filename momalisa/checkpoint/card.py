@@ -49,7 +49,7 @@ def card(manifest: Mapping[str, Any], scores: Mapping[str, Any] | None = None) -
     kind = "LoRA adapters for the UNet" if manifest["lora"] else "a UNet, fine-tuned whole"
     facts = {
         "what": kind,
-        "base model": f"{base['model']} at revision {base['revision'] or '(as it is)'}",
+        "base model": f"{base['model']} at revision {base.get('revision') or '(as it is)'}",
         "images seen": f"{manifest['images_seen']:,}",
         "dataset version": training.get("dataset", "not recorded"),
         "encoder": training.get("encoder_id", "not recorded"),
