@@ -19,6 +19,7 @@ LIMITS = config.Serve(
     guidance_scale=1.0,
     max_pictures_per_request=3,
     max_prompt_chars=200,
+    max_rows=16,
     max_waiting_rows=16,
     watch_s=0,
     threads=1,
