@@ -17,7 +17,7 @@ from momalisa.checkpoint.__main__ import main
 from momalisa.checkpoint.export import export
 from momalisa.config import Diffusion, Train
 from momalisa.storage import Store
-from momalisa.training.loop import trainable
+from momalisa.training.model import trainable
 
 
 @pytest.fixture
