@@ -20,6 +20,9 @@ from momalisa.config import Diffusion
 from momalisa.weights import locate
 
 PREDICTIONS = ("epsilon", "v_prediction")
+ZERO_TERMINAL_SNR: dict[str, Any] = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+"""How diffusers' schedulers sample a model trained with zero_terminal_snr: on its own schedule, and beginning with the last
+timestep, noise alone (Lin et al. 2024, sections 3.1 and 3.3)."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -36,6 +37,8 @@ class Generator:
         """
         self._settings, self._store = settings, Store(settings.root)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self._device == "cpu":
+            torch.set_num_threads(settings.serve.threads or os.cpu_count() or 1)  # Ray says 1
         path = path or checkpoint.read_best(self._store).path
         self.meters = Meters()
         self._name = uuid.uuid4().hex[:8]
@@ -77,7 +80,17 @@ class Generator:
         published = checkpoint.read(self._store, path)
         dtype = PRECISIONS[serve.precision]
         unet = checkpoint.load_unet(self._store, published, dtype if self._device == "cuda" else torch.float32)
-        engine = Engine.load(published.diffusion, unet, self._device, dtype, serve.max_rows, self._store)
+        engine = Engine.load(
+            published.diffusion,
+            unet,
+            self._device,
+            dtype,
+            serve.max_rows,
+            self._store,
+            serve.max_adapters,
+            checkpoint.load_text_encoder(self._store, published, self._device, dtype),
+            published.zero_terminal_snr,
+        )
         if serve.compile:
             engine.compile([serve.size_px], serve.compile_cache or None)
         engine.generate([Request("", steps=1, size_px=serve.size_px, guidance_scale=scale) for scale in (1.0, 7.5)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,19 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tiny-base")
     tiny.save_diffusion(directory)
     return directory
+
+
+@pytest.fixture
+def v_base(tiny_base: Path, tmp_path: Path) -> Path:
+    """The tiny base, said to predict v."""
+    from diffusers import DDPMScheduler
+
+    copy = tmp_path / "v-base"
+    shutil.copytree(tiny_base, copy)
+    scheduler = DDPMScheduler.from_pretrained(copy, subfolder="scheduler")
+    changes = {"prediction_type": "v_prediction", "clip_sample": False}
+    DDPMScheduler.from_config(scheduler.config, **changes).save_pretrained(copy / "scheduler")
+    return copy
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 from momalisa.checkpoint.card import card, licence
 from momalisa.config import Diffusion
+from momalisa.latents import TextEncoder
 from momalisa.storage import Store
 from momalisa.weights import locate
 
@@ -32,6 +33,7 @@ BEST = "refs/best"
 FORMAT = "momalisa/1"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 LORA_FILE = "pytorch_lora_weights.safetensors"
+TEXT_PREFIX = "text_encoder."  # of names in it: the text encoder's adapters
 
 
 class NoCheckpoint(ValueError):
@@ -66,6 +68,11 @@ class Checkpoint:
     @property
     def diffusion(self) -> Diffusion:
         return Diffusion(**self.base)
+
+    @property
+    def zero_terminal_snr(self) -> bool:
+        """Whether it was trained on a schedule that ends in noise alone, and so must be sampled on that one."""
+        return bool((self.training.get("settings") or {}).get("zero_terminal_snr"))
 
 
 def write(store: Store, checkpoint: Checkpoint, weights: Path, state: Path | None = None) -> Checkpoint:
@@ -195,3 +202,44 @@ def load_unet(store: Store, checkpoint: Checkpoint, dtype: torch.dtype = torch.f
         unet.fuse_lora()
         unet.unload_lora()
         return unet.eval()
+
+
+def load_text_encoder(
+    store: Store, checkpoint: Checkpoint, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> TextEncoder:
+    """The text encoder that belongs to a checkpoint's UNet: the base's, with the checkpoint's adapters fused if it has some.
+
+    Raises ValueError naming the file that is not what the manifest says.
+    """
+    if not checkpoint.lora:
+        return TextEncoder.load(checkpoint.diffusion, device, dtype)
+    with tempfile.TemporaryDirectory(prefix="momalisa-") as scratch:
+        directory = store.download(f"{checkpoint.path}/weights", checkpoint.files, Path(scratch))
+        text_encoder = TextEncoder.load(checkpoint.diffusion)
+        if add_text_adapters(text_encoder.model, directory):
+            _fuse(text_encoder.model)
+    torch.nn.Module.to(text_encoder.model, device, dtype)
+    return text_encoder
+
+
+def add_text_adapters(model: Any, directory: Path) -> bool:
+    """Put the text encoder's adapters of a LoRA file into a CLIP text model. False: the file has none."""
+    state, alphas = StableDiffusionPipeline.lora_state_dict(directory, weight_name=LORA_FILE)
+    if not any(name.startswith(TEXT_PREFIX) for name in state):
+        return False
+    StableDiffusionPipeline.load_lora_into_text_encoder(state, network_alphas=alphas, text_encoder=model)
+    model.requires_grad_(False).eval()
+    return True
+
+
+def _fuse(model: Any) -> None:
+    """Add adapters to the weights that they belong to, and take them out."""
+    from diffusers.utils import recurse_remove_peft_layers
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+    recurse_remove_peft_layers(model)
+    del model.peft_config
+    model._hf_peft_config_loaded = False

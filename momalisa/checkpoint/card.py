@@ -46,10 +46,14 @@ def card(manifest: Mapping[str, Any], scores: Mapping[str, Any] | None = None) -
         "pipeline_tag": "text-to-image",
         "tags": ["stable-diffusion", "lora" if manifest["lora"] else "full-fine-tune", "momalisa"],
     }
-    kind = "LoRA adapters for the UNet" if manifest["lora"] else "a UNet, fine-tuned whole"
+    chosen = training.get("settings") or {}
+    adapted = "the UNet and the text encoder" if chosen.get("lora_text_encoder") else "the UNet"
+    kind = f"LoRA adapters for {adapted}" if manifest["lora"] else "a UNet, fine-tuned whole"
+    schedule = {"noise schedule": "with zero terminal SNR"} if chosen.get("zero_terminal_snr") else {}
     facts = {
         "what": kind,
         "base model": f"{base['model']} at revision {base.get('revision') or '(as it is)'}",
+        **schedule,
         "images seen": f"{manifest['images_seen']:,}",
         "dataset version": training.get("dataset", "not recorded"),
         "encoder": training.get("encoder_id", "not recorded"),
@@ -99,4 +103,10 @@ def _use(manifest: Mapping[str, Any]) -> list[str]:
         if manifest["lora"]
         else 'pipeline = StableDiffusionPipeline.from_pretrained("FOLDER")'
     )
-    return ["```", f"python -m momalisa.checkpoint export {name} FOLDER --root ROOT", loaded, "```"]
+    lines = [f"python -m momalisa.checkpoint export {name} FOLDER --root ROOT", loaded]
+    if manifest["lora"] and (manifest["training"].get("settings") or {}).get("zero_terminal_snr"):
+        lines.append(
+            "pipeline.scheduler = DDIMScheduler.from_config("
+            'pipeline.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False)'
+        )
+    return ["```", *lines, "```"]

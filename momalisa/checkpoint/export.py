@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from momalisa.checkpoint import BEST, Checkpoint, load_unet
+from momalisa.checkpoint import BEST, Checkpoint, load_text_encoder, load_unet
 from momalisa.checkpoint.card import card
+from momalisa.diffusion import ZERO_TERMINAL_SNR
 from momalisa.pretrained import pretrained
 from momalisa.storage import Store
 
@@ -20,8 +21,9 @@ MANIFEST = "momalisa.json"
 
 
 def export(store: Store, checkpoint: Checkpoint, target: Path, fuse: bool = False) -> Path:
-    """Write a new folder: a whole pipeline for `StableDiffusionPipeline.from_pretrained`; for adapters, unless `fuse`, the file
-    that `load_lora_weights` takes. Beside them the model card and the manifest. Hashes are checked on the way.
+    """Write a new folder: a whole pipeline for `StableDiffusionPipeline.from_pretrained`, on the noise schedule of its training;
+    for adapters, unless `fuse`, the file that `load_lora_weights` takes. Beside them the model card and the manifest. Hashes
+    are checked on the way.
 
     The folder appears when it is complete. Raises ValueError where it is there already, or a file is not what it should be.
     """
@@ -50,9 +52,16 @@ def scores(store: Store, checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 
 def _pipeline(store: Store, checkpoint: Checkpoint) -> Any:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     base = checkpoint.diffusion
-    options: dict[str, Any] = {"revision": base.revision, "variant": base.variant, "unet": load_unet(store, checkpoint)}
-    given = {key: value for key, value in options.items() if value is not None}
-    return pretrained(StableDiffusionPipeline, base.model, **given).to(torch.float32)  # all parts alike, whatever the base's are
+    parts: dict[str, Any] = {
+        "unet": load_unet(store, checkpoint),
+        "text_encoder": load_text_encoder(store, checkpoint).model,
+    }
+    options = {"revision": base.revision, "variant": base.variant}
+    given = parts | {key: value for key, value in options.items() if value is not None}
+    pipeline = pretrained(StableDiffusionPipeline, base.model, **given).to(torch.float32)  # all alike, whatever the base's are
+    if checkpoint.zero_terminal_snr:
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, **ZERO_TERMINAL_SNR)
+    return pipeline

@@ -26,8 +26,12 @@ class Serve(Section):
     compile_cache: str = ""
     """A folder on the node that keeps compiled kernels."""
 
-    max_rows: int = Field(default=16, ge=2)
+    max_rows: int = Field(default=32, ge=2)
     """Rows of the UNet's batch on one replica: a guided picture is two, one without guidance is one."""
+    max_adapters: Positive = 4
+    """LoRA adapters that a replica keeps in memory, beside the checkpoint it serves; the one used longest ago goes first."""
+    threads: Positive | None = None
+    """Threads of a replica without a GPU (default: every core that it may use)."""
     max_waiting_rows: Positive = 128
     """Rows that may wait in a replica's line; who would make it longer gets a 429."""
     max_waiting_rows_per_key: Positive = 64

@@ -70,7 +70,8 @@ class Train(Section):
     offset_noise: float = Field(default=0.0, ge=0)
     """This much noise that is constant over a channel: darker darks and brighter brights; 0.05 to 0.1 is usual."""
     zero_terminal_snr: bool = False
-    """Rescale the noise schedule so that its last step is noise alone (Lin et al. 2024); for v-prediction models only."""
+    """Rescale the noise schedule so that its last step is noise alone (Lin et al. 2024); for v-prediction models only. Pictures
+    are then drawn on that schedule, beginning with its last timestep."""
     prior_weight: float = Field(default=0.0, ge=0)
     """Prior preservation: weight of staying near the frozen base's own predictions for general prompts. No pictures needed;
     a step costs a pass of the base and twice the samples."""
@@ -81,8 +82,8 @@ class Train(Section):
     dora: bool = False
     """Adapters with a magnitude of their own (Liu et al. 2024): nearer to a full fine-tune, slower."""
     lora_text_encoder: bool = False
-    """Adapters on the text encoder's attention too; texts are then embedded at every step. For use with diffusers and others:
-    promote and serve take the base's text encoder."""
+    """Adapters on the text encoder's attention too; texts are then embedded at every step. They are loaded wherever the
+    checkpoint is."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: a third more time, a fraction of the memory."""
     gradient_compression: Literal["none", "bf16"] = "none"

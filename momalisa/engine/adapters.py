@@ -1,7 +1,8 @@
 """LoRA adapters: each a checkpoint in the store, loaded when it is first asked for, forgotten when others are used more.
 
-An adapter is a UNet of its own that shares every weight with the base and adds its small matrices: the base is never
-changed, no adapter has to be switched on or off between ticks, and ten of them cost little more memory than one.
+An adapter is a UNet of its own, and a text encoder where it has matrices for that too, that shares every weight with the
+base and adds its small matrices: the base is never changed, no adapter has to be switched on or off between ticks, and ten
+of them cost little more memory than one.
 """
 
 from __future__ import annotations
@@ -12,34 +13,48 @@ import tempfile
 from collections import OrderedDict
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from momalisa import checkpoint
 from momalisa.checkpoint import LORA_FILE, Checkpoint, NoCheckpoint
 from momalisa.config import Diffusion
+from momalisa.latents import TextEncoder
 from momalisa.storage import Store
 
 MAX_ADAPTERS = 4
 NAME = re.compile(r"[\w-][\w.-]*/\d+")
 
 
+@dataclass(frozen=True, eq=False)
+class Adapted:
+    """The models with one adapter."""
+
+    unet: Any
+    text_encoder: TextEncoder | None  # None: the adapter leaves the text encoder as it is
+
+
 class Adapters:
     """What a store holds for one base. Named `<run>/<images seen>`, as its checkpoints are."""
 
-    def __init__(self, unet: Any, store: Store, base: Diffusion, most: int = MAX_ADAPTERS) -> None:
+    def __init__(self, unet: Any, text_encoder: TextEncoder, store: Store, base: Diffusion, most: int = MAX_ADAPTERS) -> None:
         """Raises ValueError where `most` is less than 1."""
         if most < 1:
             raise ValueError(f"max_adapters={most} must be at least 1")
-        self._unet, self._store, self._base, self._most = unet, store, base, most
+        self._unet, self._text_encoder = unet, text_encoder
+        self._store, self._base, self._most = store, base, most
         self._found: dict[str, Checkpoint] = {}
-        self._loaded: OrderedDict[str, Future[Any]] = OrderedDict()  # the one used last is last
+        self._loaded: OrderedDict[str, Future[Adapted]] = OrderedDict()  # the one used last is last
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapters")
 
-    def check(self, name: str) -> None:
-        """Raises ValueError for a name that is no adapter of this base. Reads a small file the first time."""
+    def check(self, name: str) -> Checkpoint:
+        """The adapter's checkpoint. Raises ValueError for a name that is no adapter of this base.
+
+        Reads a small file the first time.
+        """
         if name in self._found:
-            return
+            return self._found[name]
         if not NAME.fullmatch(name):
             raise ValueError(f"adapter={name!r} is not of the form run/images, such as impressionists/6400")
         try:
@@ -53,9 +68,10 @@ class Adapters:
                 f"adapter={name!r} belongs to {found.diffusion.model}, and this engine draws with {self._base.model}"
             )
         self._found[name] = found
+        return found
 
-    def unet(self, name: str, busy: Collection[str]) -> Any | None:
-        """The UNet with that adapter, or None while it is loaded or waits for a place among the `busy` ones.
+    def get(self, name: str, busy: Collection[str]) -> Adapted | None:
+        """The models with that adapter, or None while it is loaded or waits for a place among the `busy` ones.
 
         Raises what loading it raised, once; the next call tries again.
         """
@@ -82,16 +98,23 @@ class Adapters:
                 del self._loaded[name]
         return len(self._loaded) < self._most
 
-    def _load(self, found: Checkpoint) -> Any:
+    def _load(self, found: Checkpoint) -> Adapted:
         from diffusers import StableDiffusionPipeline
 
-        shared = {id(tensor): tensor for tensor in [*self._unet.parameters(), *self._unet.buffers()]}
-        unet = copy.deepcopy(self._unet, shared)
+        unet, text_model = _sharing(self._unet), _sharing(self._text_encoder.model)
         with tempfile.TemporaryDirectory(prefix="momalisa-") as scratch:
             directory = self._store.download(f"{found.path}/weights", found.files, Path(scratch))
             state, alphas = StableDiffusionPipeline.lora_state_dict(directory, weight_name=LORA_FILE, unet_config=unet.config)
             StableDiffusionPipeline.load_lora_into_unet(state, network_alphas=alphas, unet=unet)
-        for name, parameter in unet.named_parameters():
-            if "lora_" in name:
-                parameter.data = parameter.data.to(self._unet.device, self._unet.dtype)
-        return unet.requires_grad_(False).eval()
+            own_texts = checkpoint.add_text_adapters(text_model, directory)
+        for model, like in ((unet, self._unet), (text_model, self._text_encoder.model)):
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.data = parameter.data.to(like.device, like.dtype)
+        text_encoder = TextEncoder(self._text_encoder.tokenizer, text_model) if own_texts else None
+        return Adapted(unet.requires_grad_(False).eval(), text_encoder)
+
+
+def _sharing(model: Any) -> Any:
+    """A copy of a model's structure around the same weights."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})

@@ -12,12 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from PIL import Image
 
 from momalisa.config import Diffusion
-from momalisa.engine.adapters import MAX_ADAPTERS, Adapters
+from momalisa.diffusion import ZERO_TERMINAL_SNR
+from momalisa.engine.adapters import MAX_ADAPTERS, Adapted, Adapters
 from momalisa.engine.batch import Batch, Model
 from momalisa.engine.decoding import Decoder, Finished
 from momalisa.engine.events import Broken, Done, Event, Preview
@@ -43,6 +45,14 @@ class Kind:
     size_px: int
     adapter: str | None
     alone: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Means:
+    """What draws requests of a kind."""
+
+    model: Model
+    texts: Texts
 
 
 @dataclass(eq=False)
@@ -85,10 +95,12 @@ class Engine:
         self.autoencoder = autoencoder
         self.text_encoder = text_encoder
         self._samplers = Samplers(scheduler_config)
+        self._zero_terminal_snr = Samplers(scheduler_config | ZERO_TERMINAL_SNR)
         self._texts = Texts(text_encoder, self.device, dtype)
         self._decoder = Decoder(autoencoder, self.device, DECODED_TOGETHER)
         self._runner = Runner(self.unet, self.device, dtype)
         self._adapters = adapters
+        self._adapted: WeakKeyDictionary[Adapted, Means] = WeakKeyDictionary()
         self._projection: Projection | None = None
         self._stepped: torch.cuda.Event | None = None
         self._lanes: dict[Kind, Lane] = {}
@@ -105,18 +117,22 @@ class Engine:
         max_rows: int = MAX_ROWS,
         store: Store | None = None,
         max_adapters: int = MAX_ADAPTERS,
+        text_encoder: TextEncoder | None = None,
+        zero_terminal_snr: bool = False,
     ) -> Engine:
-        """The base's pipeline around `unet` (default: the base's own), and adapters from `store`.
+        """The base's pipeline around `unet` and `text_encoder` (default: the base's own), and adapters from `store`.
 
-        Raises ValueError where the base cannot be loaded.
+        `text_encoder` is taken where and as it is; `zero_terminal_snr`: the UNet was trained so, and is
+        sampled so. Raises ValueError where the base cannot be loaded.
         """
         from momalisa.checkpoint import load_base_unet
 
         autoencoder = Autoencoder.load(diffusion, device, dtype)
-        text_encoder = TextEncoder.load(diffusion, device, dtype)
+        text_encoder = text_encoder or TextEncoder.load(diffusion, device, dtype)
         unet = _placed(load_base_unet(diffusion) if unet is None else unet, torch.device(device), dtype)
-        adapters = None if store is None else Adapters(unet, store, diffusion, max_adapters)
-        return cls(unet, autoencoder, text_encoder, scheduler_config(diffusion), device, dtype, max_rows, adapters)
+        adapters = None if store is None else Adapters(unet, text_encoder, store, diffusion, max_adapters)
+        config = scheduler_config(diffusion) | (ZERO_TERMINAL_SNR if zero_terminal_snr else {})
+        return cls(unet, autoencoder, text_encoder, config, device, dtype, max_rows, adapters)
 
     def compile(self, sizes_px: Sequence[int], cache_dir: str | Path | None = None) -> None:
         """Compile the UNet for pictures of these sizes, before the first request: minutes, or seconds from `cache_dir`.
@@ -126,6 +142,10 @@ class Engine:
         places = [size_px // self.autoencoder.factor for size_px in sizes_px]
         text = self._texts.embed([""])[0]
         self._runner.warm(self.max_rows, places, self.autoencoder.channels, text, cache_dir)
+
+    def forget_texts(self) -> None:
+        """Encode texts anew from now on: to be called when the weights of the text encoder have changed."""
+        self._texts.forget()
 
     def close(self) -> None:
         """End the thread that loads adapters."""
@@ -169,17 +189,20 @@ class Engine:
 
     @torch.no_grad()
     def tick(self) -> list[Event]:
-        """One step for the pictures of one kind, kinds taking turns; then some decoding. What there is to say about requests."""
+        """One step for the pictures of one kind, kinds taking turns, of which reproducible requests have one together; then some
+        decoding. What there is to say about requests."""
         events, self._held = self._held, []
         chosen = self._choose(events)
         if self._stepped is not None:
             self._stepped.synchronize()  # one step at most waits on the GPU: what comes now is next
         if chosen is not None:
-            kind, model = chosen
+            kind, means = chosen
             lane = self._lanes.pop(kind)
-            events += self._advance(lane, model)
+            events += self._advance(lane, means)
             if lane.trajectories:
                 self._lanes[kind] = lane  # last in turn
+            if kind.alone is not None:
+                self._end_turn_of_alone()
         elif self._adapters is not None and self._lanes and not len(self._decoder):
             self._adapters.wait(LOADING_S)
         return events + self._decoder.poll(wait=not self._lanes)
@@ -220,38 +243,51 @@ class Engine:
     def _check(self, request: Request) -> Table:
         """The request's table. Raises ValueError."""
         request.check(self.autoencoder.factor)
+        samplers = self._samplers
         if request.adapter is not None:
             if self._adapters is None:
                 raise ValueError(f"adapter={request.adapter!r}: there is no store to load it from; leave it out")
-            self._adapters.check(request.adapter)
-        return self._samplers.table(request.sampler, request.steps, request.start)
+            if self._adapters.check(request.adapter).zero_terminal_snr:
+                samplers = self._zero_terminal_snr
+        return samplers.table(request.sampler, request.steps, request.start)
 
-    def _choose(self, events: list[Event]) -> tuple[Kind, Model] | None:
+    def _choose(self, events: list[Event]) -> tuple[Kind, Means] | None:
         """The next kind in turn that can be drawn, and by what; those whose adapter cannot be loaded are broken."""
         for kind in list(self._lanes):
             try:
-                model = self._model(kind)
+                means = self._means(kind)
             except Exception as error:  # whatever the store, diffusers or safetensors may raise
                 events += [Broken(trajectory.id, error) for trajectory in self._lanes.pop(kind).trajectories]
             else:
-                if model is not None:
-                    return kind, model
+                if means is not None:
+                    return kind, means
         return None
 
-    def _model(self, kind: Kind) -> Model | None:
+    def _means(self, kind: Kind) -> Means | None:
         """What draws a kind; None while its adapter is loaded."""
         if kind.adapter is None or self._adapters is None:
-            return self._runner
+            return Means(self._runner, self._texts)
         busy = {other.adapter for other, lane in self._lanes.items() if other.adapter and len(lane.batch)}
-        unet = self._adapters.unet(kind.adapter, busy)
-        return None if unet is None else Runner(unet, self.device, self.dtype)
+        adapted = self._adapters.get(kind.adapter, busy)
+        if adapted is None:
+            return None
+        if adapted not in self._adapted:
+            own = adapted.text_encoder
+            texts = self._texts if own is None else Texts(own, self.device, self.dtype)
+            self._adapted[adapted] = Means(Runner(adapted.unet, self.device, self.dtype), texts)
+        return self._adapted[adapted]
 
-    def _advance(self, lane: Lane, model: Model) -> list[Event]:
+    def _end_turn_of_alone(self) -> None:
+        """Reproducible requests share one turn: the others wait for one of them at a time, however many there are."""
+        shared = {kind: lane for kind, lane in self._lanes.items() if kind.alone is None}
+        self._lanes = shared | {kind: lane for kind, lane in self._lanes.items() if kind.alone is not None}
+
+    def _advance(self, lane: Lane, means: Means) -> list[Event]:
         """One step of a lane. What goes wrong there is the end of its pictures and of nothing else."""
         batch, asked = lane.batch, lane.trajectories
         try:
-            self._admit(lane)
-            batch.step(model)
+            self._admit(lane, means.texts)
+            batch.step(means.model)
             self._mark()
         except RuntimeError as error:  # what a device refuses: memory above all
             waiting = set(lane.waiting)
@@ -270,18 +306,18 @@ class Engine:
             self._stepped = torch.cuda.Event()
             self._stepped.record()
 
-    def _admit(self, lane: Lane) -> None:
+    def _admit(self, lane: Lane, texts: Texts) -> None:
         """Let in those in front for whom there is room."""
         joining: list[Trajectory] = []
         rows = lane.batch.rows
         while lane.waiting and rows + lane.waiting[0].most_rows <= self.max_rows:
             joining.append(lane.waiting.popleft())
             rows += joining[-1].most_rows
-        texts = [text for one in joining for text in (one.request.prompt, one.request.negative_prompt)]
-        states = self._texts.embed(texts, alone=any(one.request.reproducible for one in joining))
+        prompts = [text for one in joining for text in (one.request.prompt, one.request.negative_prompt)]
+        states = texts.embed(prompts, alone=any(one.request.reproducible for one in joining))
         for index, trajectory in enumerate(joining):
-            prompts = torch.stack(states[2 * index : 2 * index + 2])
-            lane.batch.join(trajectory, trajectory.start(self.autoencoder, self.device), prompts)
+            pair = torch.stack(states[2 * index : 2 * index + 2])
+            lane.batch.join(trajectory, trajectory.start(self.autoencoder, self.device), pair)
 
     def _previews(self, batch: Batch) -> list[Event]:
         due = [index for index, trajectory in enumerate(batch.trajectories) if trajectory.preview_due]

@@ -59,10 +59,6 @@ class Samplers:
         self.config = config
         self.table = lru_cache(maxsize=256)(self._table)
 
-    @classmethod
-    def load(cls, diffusion: Diffusion) -> Samplers:
-        return cls(scheduler_config(diffusion))
-
     def scheduler(self, sampler: Sampler) -> Any:
         """diffusers' own scheduler of that name on this schedule."""
         import diffusers

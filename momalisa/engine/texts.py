@@ -32,3 +32,7 @@ class Texts:
         while len(self._states) > KEPT:
             self._states.popitem(last=False)
         return found
+
+    def forget(self) -> None:
+        """What was encoded is stale: the encoder's weights have changed."""
+        self._states.clear()

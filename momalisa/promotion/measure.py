@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -76,43 +77,53 @@ def measured(settings: Settings, planned: Plan, path: str | None, what: str) -> 
     """Measure, or read what was measured. A checkpoint that is not whole gives {"error": why} and leaves nothing behind."""
     if (found := known(settings, planned, path, what)) is not None:
         return found
-    functions: dict[str, Callable[[Settings, Plan, Any], Measured]] = {LOSSES: _losses, GATES: _gates, DISTANCE: _distance}
+    functions: dict[str, Callable[[Settings, Plan, Model], Measured]] = {LOSSES: _losses, GATES: _gates, DISTANCE: _distance}
     with torch.random.fork_rng():
         try:
-            unet = load_unet(settings, path)
+            model = load(settings, path)
         except (ValueError, OSError) as error:
             if path is None:
                 raise
             return {"error": str(error)}
-        result = {"checkpoint": path, **functions[what](settings, planned, unet)}
+        result = {"checkpoint": path, **functions[what](settings, planned, model)}
     Store(settings.root).write_json(place(settings, planned, path, what), result)
     return result
 
 
-def load_unet(settings: Settings, path: str | None) -> Any:
-    """The UNet of a checkpoint's path, or the base's for None, on this machine's device."""
+@dataclass(frozen=True)
+class Model:
+    """What is measured: the parts of a pipeline that fine-tuning changes, and the schedule that they are sampled on."""
+
+    unet: Any
+    text_encoder: TextEncoder
+    zero_terminal_snr: bool = False
+
+
+def load(settings: Settings, path: str | None) -> Model:
+    """The model of a checkpoint's path, or the base for None, on this machine's device."""
     if path is None:
-        return checkpoints.load_base_unet(settings.diffusion).to(device())
+        unet = checkpoints.load_base_unet(settings.diffusion).to(device())
+        return Model(unet, TextEncoder.load(settings.diffusion, device()))
     store = Store(settings.root)
-    return checkpoints.load_unet(store, checkpoints.read(store, path)).to(device())
+    found = checkpoints.read(store, path)
+    unet = checkpoints.load_unet(store, found).to(device())
+    return Model(unet, checkpoints.load_text_encoder(store, found, device()), found.zero_terminal_snr)
 
 
-def _losses(settings: Settings, planned: Plan, unet: Any) -> Measured:
+def _losses(settings: Settings, planned: Plan, model: Model) -> Measured:
     """`held_out`: losses of works that training never saw."""
     _, held_out = runs.split(settings, planned)
     works = held_out.rows(list(range(min(len(held_out), settings.promote.max_pictures))))
-    return {"held_out": _grid(settings, unet, works)}
+    return {"held_out": _grid(settings, model, works)}
 
 
-def _grid(settings: Settings, unet: Any, rows: LatentCache) -> list[float]:
+def _grid(settings: Settings, model: Model, rows: LatentCache) -> list[float]:
     """The loss of each row, over a fixed grid of timesteps and noise."""
-    chosen, text_encoder = settings.promote, TextEncoder.load(settings.diffusion, device())
-    factor, schedule = (
-        Autoencoder.load(settings.diffusion).scaling_factor,
-        Schedule.load(settings.diffusion, settings.train.zero_terminal_snr),
-    )
-    losses: list[float] = held_out_losses(unet, schedule, text_encoder, factor, rows, chosen.timesteps, chosen.batch).tolist()
-    return losses
+    chosen, factor = settings.promote, Autoencoder.load(settings.diffusion).scaling_factor
+    schedule = Schedule.load(settings.diffusion, settings.train.zero_terminal_snr)
+    losses = held_out_losses(model.unet, schedule, model.text_encoder, factor, rows, chosen.timesteps, chosen.batch)
+    found: list[float] = losses.tolist()
+    return found
 
 
 def draw_general(settings: Settings) -> None:
@@ -120,23 +131,23 @@ def draw_general(settings: Settings) -> None:
     general.draw(settings, device())
 
 
-def _gates(settings: Settings, planned: Plan, unet: Any) -> Measured:
+def _gates(settings: Settings, planned: Plan, model: Model) -> Measured:
     """`general`: losses of the general captions. `alignment`: a score for each picture of a training caption. `nearest`: its
     distance to the nearest training picture; `limit`: the distance below which it is a copy."""
     found: Measured = {"general": None, "alignment": None, "nearest": None, "limit": None}
     if settings.promote.general_pictures:
         draw_general(settings)
-        found["general"] = _grid(settings, unet, general.load(settings))
-    return found | (_pictures(settings, planned, unet) if settings.promote.gate_pictures else {})
+        found["general"] = _grid(settings, model, general.load(settings))
+    return found | (_pictures(settings, planned, model) if settings.promote.gate_pictures else {})
 
 
-def _pictures(settings: Settings, planned: Plan, unet: Any) -> Measured:
+def _pictures(settings: Settings, planned: Plan, model: Model) -> Measured:
     """What pictures of training captions show."""
     chosen = settings.promote
     training, held_out = runs.split(settings, planned)
     some = np.linspace(0, len(training) - 1, chosen.gate_pictures).round().astype(int).tolist()
     prompts = [training.captions[index] for index in some]
-    pictures = opened(drawn(settings, unet, prompts, GATE_SEED))
+    pictures = opened(drawn(settings, model, prompts, GATE_SEED))
     found: Measured = {}
     if chosen.alignment_model is not None:
         judge = alignment.load(chosen.alignment_model, chosen.alignment_revision, settings.diffusion, device())
@@ -158,12 +169,12 @@ def thumbnails(settings: Settings) -> dict[str, np.ndarray]:
     return {row["id"]: copies.squared(row["thumbnail"], row["width"], row["height"]) for row in rows if row["thumbnail"]}
 
 
-def _distance(settings: Settings, planned: Plan, unet: Any) -> Measured:
+def _distance(settings: Settings, planned: Plan, model: Model) -> Measured:
     """`mmd`: MMD^2 x 1000 of pictures of the reference's captions to the reference, of `pictures` pairs."""
     assert settings.promote.clip_model is not None
     pairs, _ = references(settings, planned)
     features = ClipFeatures(settings.promote.clip_model, settings.promote.clip_revision, device())
-    pictures = opened(drawn(settings, unet, [caption for caption, _ in pairs], PICTURE_SEED))
+    pictures = opened(drawn(settings, model, [caption for caption, _ in pairs], PICTURE_SEED))
     return {"mmd": mmd2(features(pictures), features([picture for _, picture in pairs])), "pictures": len(pairs)}
 
 
@@ -179,12 +190,18 @@ def collection_distance(settings: Settings, planned: Plan) -> float | None:
 
 def generate(settings: Settings, path: str | None, prompts: Sequence[str], first_seed: int) -> list[bytes]:
     """PNG pictures of prompts by a checkpoint (None: the base), at seeds that are equal for every checkpoint."""
-    return drawn(settings, load_unet(settings, path), prompts, first_seed)
+    return drawn(settings, load(settings, path), prompts, first_seed)
 
 
-def drawn(settings: Settings, unet: Any, prompts: Sequence[str], first_seed: int) -> list[bytes]:
-    """PNG pictures of prompts by a UNet; the seed of each is its place's."""
-    engine = Engine.load(settings.diffusion, unet, device())
+def drawn(settings: Settings, model: Model, prompts: Sequence[str], first_seed: int) -> list[bytes]:
+    """PNG pictures of prompts by a model; the seed of each is its place's."""
+    engine = Engine.load(
+        settings.diffusion,
+        model.unet,
+        device(),
+        text_encoder=model.text_encoder,
+        zero_terminal_snr=model.zero_terminal_snr,
+    )
     chosen, pictures = settings.promote, []
     for start in range(0, len(prompts), chosen.batch):
         requests = [

@@ -66,7 +66,7 @@ class Events:
 
     logged: Callable[[dict[str, float]], None] = lambda metrics: None
     checkpointed: Callable[[Checkpoint], None] = lambda checkpoint: None
-    pictures_due: Callable[[int, torch.nn.Module], None] = lambda images_seen, unet: None
+    pictures_due: Callable[[int, torch.nn.Module, TextEncoder], None] = lambda images_seen, unet, text_encoder: None
     synchronise: Callable[[dict[str, float]], None] = lambda metrics: None
     stop_due: Callable[[int], bool] = lambda images_seen: False
     """Asked when a checkpoint is due, before it is made: whether it shall be the last."""
@@ -220,7 +220,7 @@ class Trainer:
         settings, progress = self.run.train, self.progress
         if self.accelerator.is_main_process and (progress.step % settings.evaluate_every_steps == 0 or ends):
             with self.ema.applied():
-                self.events.pictures_due(progress.images_seen, self.bare.unet.eval())
+                self.events.pictures_due(progress.images_seen, self.bare.unet.eval(), self.text_encoder)
             self.bare.unet.train()
         if ends or self._checkpoint_due():
             if self.accelerator.is_main_process:

@@ -12,13 +12,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from momalisa.checkpoint import LORA_FILE
+from momalisa.checkpoint import LORA_FILE, TEXT_PREFIX
 from momalisa.config import Train
 from momalisa.latents import TextEncoder
 
 UNET_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
-TEXT_PREFIX = "text_encoder."
 
 
 class Denoiser(torch.nn.Module):
@@ -114,7 +113,7 @@ def of_unet(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value for name, value in values.items() if not name.startswith(TEXT_PREFIX)}
 
 
-def add_text_adapters(directory: Path, text_encoder: Any, values: dict[str, torch.Tensor]) -> None:
+def save_text_adapters(directory: Path, text_encoder: Any, values: dict[str, torch.Tensor]) -> None:
     """Write the text encoder's adapters, if there are any, into the LoRA file beside the UNet's, as diffusers names them."""
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict

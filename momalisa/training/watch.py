@@ -14,6 +14,7 @@ from momalisa.checkpoint import Checkpoint
 from momalisa.config import Settings
 from momalisa.contact_sheet import SHEET, column, timeline
 from momalisa.engine import Engine, Request
+from momalisa.latents import TextEncoder
 from momalisa.progress import Progress
 from momalisa.storage import Store
 from momalisa.tracking import Tracker
@@ -76,12 +77,19 @@ class Gallery:
         ]
         self._engine: Engine | None = None
 
-    def hang(self, images_seen: int, unet: torch.nn.Module) -> None:
-        """Draw them with this UNet, which is not kept waiting by whoever looks on."""
+    def hang(self, images_seen: int, unet: torch.nn.Module, text_encoder: TextEncoder) -> None:
+        """Draw them with these models, always the same ones, which are not kept waiting by whoever looks on."""
         if not self.prompts:
             return
         if self._engine is None:
-            self._engine = Engine.load(self.settings.diffusion, unet, next(unet.parameters()).device)
+            self._engine = Engine.load(
+                self.settings.diffusion,
+                unet,
+                text_encoder.model.device,
+                text_encoder=text_encoder,
+                zero_terminal_snr=self.settings.train.zero_terminal_snr,
+            )
+        self._engine.forget_texts()  # the text encoder may be trained
         pictures = self._engine.generate(self.requests)
         self.tracker.pictures(images_seen, self.prompts, [request.seed for request in self.requests], pictures)
         self.store.write_bytes(f"{self.folder}/{images_seen:09d}.png", _png(column(pictures)))

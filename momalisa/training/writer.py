@@ -16,7 +16,7 @@ from momalisa.checkpoint import Checkpoint
 from momalisa.checkpoint.retention import retain
 from momalisa.storage import Store
 from momalisa.training import state as trainer_state
-from momalisa.training.model import Denoiser, add_text_adapters, of_unet
+from momalisa.training.model import Denoiser, of_unet, save_text_adapters
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Writer:
         with tempfile.TemporaryDirectory(prefix="momalisa-") as scratch:
             weights, state = Path(scratch) / "weights", Path(scratch) / "state"
             checkpoints.save_weights(snapshot.denoiser.unet, weights, of_unet(snapshot.average), lora=snapshot.checkpoint.lora)
-            add_text_adapters(weights, snapshot.denoiser.text_encoder, snapshot.average)
+            save_text_adapters(weights, snapshot.denoiser.text_encoder, snapshot.average)
             trainer_state.write(state, snapshot.state, snapshot.progress)
             written = checkpoints.write(self.store, snapshot.checkpoint, weights, state)
         retain(self.store, written.run, self.keep_states, self.keep_weights)

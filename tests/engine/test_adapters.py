@@ -40,7 +40,9 @@ def store(diffusion: Diffusion, tmp_path_factory: pytest.TempPathFactory) -> Sto
     whole = tmp_path_factory.mktemp("whole")
     checkpoint.save_weights(checkpoint.load_base_unet(diffusion), whole)
     checkpoint.write(store, Checkpoint("checkpoints/whole/4", "whole", 4, diffusion.model_dump(), files={}), whole)
-    other = Checkpoint("checkpoints/other/5", "other", 5, {"model": "miniature://diffusion"}, files={}, lora=True)
+    other = Checkpoint(
+        "checkpoints/other/5", "other", 5, Diffusion(model="miniature://diffusion").model_dump(), files={}, lora=True
+    )
     checkpoint.write(store, other, whole)
     return store
 
@@ -70,7 +72,7 @@ def test_adapters_share_the_base_s_weights_and_the_least_used_goes(engine: Engin
         engine.generate([replace(REQUEST, adapter=name)])
     assert list(adapters._loaded) == ["waves/1", "stars/3"]
     own = {parameter.data_ptr() for parameter in engine.unet.parameters()}
-    drawn = adapters._loaded["stars/3"].result()
+    drawn = adapters._loaded["stars/3"].result().unet
     assert {name for name, value in drawn.named_parameters() if value.data_ptr() not in own} == {
         name for name, _ in drawn.named_parameters() if "lora_" in name
     }

@@ -13,7 +13,7 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 
 from momalisa.config import Diffusion
-from momalisa.engine import Engine, GenerationError, Request
+from momalisa.engine import Done, Engine, GenerationError, Request
 
 REQUEST = Request("a red boat on a blue sea", seed=7, steps=4, guidance_scale=5.0, size_px=64)
 
@@ -112,3 +112,17 @@ def test_a_folder_without_a_scheduler_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match=r"cannot load .* \(scheduler\)"):
         scheduler_config(Diffusion(model=str(tmp_path)))
+
+
+def test_many_reproducible_requests_do_not_starve_the_others(diffusion: Diffusion) -> None:
+    engine = Engine.load(diffusion, max_rows=8)
+    alone = [engine.submit(replace(REQUEST, steps=6, seed=seed, reproducible=True)) for seed in range(5)]
+    common = engine.submit(replace(REQUEST, steps=6))
+    small = engine.submit(replace(REQUEST, steps=6, size_px=32))
+    ended: list[int] = []
+    for _ in range(3 * 6):
+        ended += [event.id for event in engine.tick() if isinstance(event, Done)]
+    assert {common, small} <= set(ended)  # a third of the ticks each
+    while not engine.idle:
+        ended += [event.id for event in engine.tick() if isinstance(event, Done)]
+    assert [id_ for id_ in ended if id_ in alone] == alone  # they take turns among themselves

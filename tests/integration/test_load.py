@@ -34,7 +34,7 @@ from momalisa import config
 from serve.api import create_app
 from serve.replica import Generator
 settings = config.from_file("configs/demo.yaml", ["--root=" + sys.argv[1], "--serve.precision=bf16", "--serve.watch_s=0",
-    "--serve.max_waiting_rows=48", "--serve.max_waiting_rows_per_key=48"])
+    "--serve.max_rows=16", "--serve.max_waiting_rows=48", "--serve.max_waiting_rows_per_key=48"])
 generator = Generator(settings)
 listener = socket.socket(fileno=int(sys.argv[2]))
 uvicorn.Server(uvicorn.Config(create_app(generator, settings.serve), log_level="warning")).run(sockets=[listener])

@@ -29,7 +29,7 @@ def server(ray_cluster: Any, promoted_root: Path) -> Iterator[str]:
 
     from serve.app import ServeArgs, build
 
-    rows = ["--serve.max_waiting_rows=16", "--serve.max_waiting_rows_per_key=16"]
+    rows = ["--serve.max_rows=16", "--serve.max_waiting_rows=16", "--serve.max_waiting_rows_per_key=16"]
     overrides = [f"--root={promoted_root}", "--serve.size_px=64", "--serve.steps=2", *rows]
     ray_serve.start(http_options={"host": "127.0.0.1", "port": PORT})
     ray_serve.run(build(ServeArgs(overrides=overrides)), name="test")

@@ -11,12 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
+from momalisa import checkpoint as checkpoints
 from momalisa import config, promotion
+from momalisa.checkpoint import Checkpoint
 from momalisa.config import Settings
+from momalisa.latents import TextEncoder
 from momalisa.miniature import models
 from momalisa.promotion import general, measure
 from momalisa.promotion.measure import DISTANCE, GATES, LOSSES
 from momalisa.storage import Store
+from momalisa.training.model import Denoiser, of_unet, save_text_adapters
 from tests.promotion.conftest import Museum
 
 TEN = "checkpoints/run/000000010"
@@ -39,7 +43,7 @@ def test_what_is_measured_is_kept_and_not_measured_again(museum: Museum, monkeyp
     settings, planned = museum
     assert measure.known(settings, planned, TEN, LOSSES) is None
     first = measure.measured(settings, planned, TEN, LOSSES)
-    monkeypatch.setattr(measure, "load_unet", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(measure, "load", lambda *_: pytest.fail("measured again"))
     assert measure.measured(settings, planned, TEN, LOSSES) == first
     other = measure.place(changed(settings, timesteps=3), planned, TEN, LOSSES)
     assert other != measure.place(settings, planned, TEN, LOSSES)
@@ -58,8 +62,8 @@ def test_other_weights_in_the_same_place_are_measured_anew(museum: Museum) -> No
 
 def test_measuring_leaves_every_random_state_as_it_was(museum: Museum, monkeypatch: pytest.MonkeyPatch) -> None:
     settings, planned = museum
-    load = measure.load_unet
-    monkeypatch.setattr(measure, "load_unet", lambda *arguments: (torch.rand(3), load(*arguments))[1])  # a careless library
+    load = measure.load
+    monkeypatch.setattr(measure, "load", lambda *arguments: (torch.rand(3), load(*arguments))[1])  # a careless library
     torch.manual_seed(3)
     random.seed(3)
     np.random.seed(3)
@@ -192,3 +196,25 @@ def test_the_gates_hold_what_the_settings_ask_for(museum: Museum) -> None:
     assert general_only["nearest"] is None
     assert measure.measured(changed(settings, general_pictures=0), planned, TEN, GATES)["general"] is None
     assert measure.measured(settings, planned, None, GATES)["general"] != both["general"]
+
+
+def test_a_checkpoint_is_measured_with_its_own_text_encoder(
+    museum: Museum, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, planned = museum
+    store = Store(settings.root)
+    torch.manual_seed(0)
+    train = config.Train(lora_rank=2, lora_text_encoder=True)
+    denoiser = Denoiser(checkpoints.load_base_unet(settings.diffusion), TextEncoder.load(settings.diffusion), train)
+    values = {name: torch.randn_like(value) if "text_encoder" in name else value for name, value in denoiser.trained().items()}
+    checkpoints.save_weights(denoiser.unet, tmp_path / "lora", of_unet(values), lora=True)
+    save_text_adapters(tmp_path / "lora", denoiser.text_encoder, values)
+    entry = Checkpoint("checkpoints/run/000000030", "run", 30, settings.diffusion.model_dump(), {}, lora=True)
+    written = checkpoints.write(store, entry, tmp_path / "lora")
+    own = measure.measured(settings, planned, written.path, LOSSES)["held_out"]
+    pictures = measure.generate(settings, written.path, ["a boat"], 0)
+    base = TextEncoder.load(settings.diffusion)
+    monkeypatch.setattr(checkpoints, "load_text_encoder", lambda *_: base)
+    store.delete(measure.place(settings, planned, written.path, LOSSES))
+    assert measure.measured(settings, planned, written.path, LOSSES)["held_out"] != pytest.approx(own, rel=1e-3)
+    assert measure.generate(settings, written.path, ["a boat"], 0) != pictures

@@ -14,7 +14,15 @@ from serve.api import create_app
 from serve.replica import Generator
 
 LIMITS = config.Serve(
-    size_px=64, steps=1, guidance_scale=1.0, max_pictures_per_request=3, max_prompt_chars=200, max_waiting_rows=16, watch_s=0
+    size_px=64,
+    steps=1,
+    guidance_scale=1.0,
+    max_pictures_per_request=3,
+    max_prompt_chars=200,
+    max_rows=16,
+    max_waiting_rows=16,
+    watch_s=0,
+    threads=1,
 )
 
 

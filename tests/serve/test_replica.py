@@ -6,11 +6,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from momalisa import checkpoint
 from momalisa.checkpoint import NoCheckpoint
 from momalisa.config import Settings
+from momalisa.engine import Engine, Request
+from momalisa.storage import Store
 from serve.app import ServeArgs, build, load_settings
 from serve.replica import Generator
+from tests.checkpoint.test_text_adapters import published
+from tests.engine.conftest import difference
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,3 +46,23 @@ def test_relative_paths_start_at_home(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("MOMALISA_HOME", str(tmp_path))
     assert load_settings(ServeArgs(config="own.yaml")).root == str(tmp_path / "mine")
     assert load_settings(ServeArgs(config="own.yaml", overrides=["--root=gs://b/m"])).root == "gs://b/m"
+
+
+def test_what_is_served_has_the_checkpoint_s_text_encoder_and_its_threads(settings: Settings, tmp_path: Path) -> None:
+    store, found = published(Path(checkpoint.read_best(Store(settings.root)).diffusion.model), tmp_path)
+    serve = settings.serve.model_copy(update={"threads": 2, "max_adapters": 3})
+    threads = torch.get_num_threads()
+    generator = Generator(settings.model_copy(update={"root": store.root, "serve": serve}), found.path)
+    try:
+        assert torch.get_num_threads() == 2
+        engine = generator._studio._main.engine
+        text_encoder = checkpoint.load_text_encoder(store, found)
+        expected = Engine.load(found.diffusion, checkpoint.load_unet(store, found), text_encoder=text_encoder)
+        request = Request("a red boat", seed=3, steps=2, size_px=64)
+        assert difference(engine.generate([request])[0], expected.generate([request])[0]) <= 1
+        assert difference(engine.generate([request])[0], Engine.load(found.diffusion, engine.unet).generate([request])[0]) > 1
+        assert engine._adapters is not None
+        assert engine._adapters._most == 3
+    finally:
+        generator.close()
+        torch.set_num_threads(threads)

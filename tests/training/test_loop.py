@@ -68,7 +68,7 @@ def test_what_is_heard_and_written(run: Run) -> None:
     heard: list[Any] = []
     events = Events(
         checkpointed=lambda checkpoint: heard.append(("checkpoint", checkpoint.images_seen)),
-        pictures_due=lambda images_seen, unet: heard.append(("pictures", images_seen, unet.training)),
+        pictures_due=lambda images_seen, unet, text_encoder: heard.append(("pictures", images_seen, unet.training)),
         synchronise=lambda metrics: heard.append(("synchronise", metrics["images_seen"])),
     )
     trainer = Trainer(run, events)

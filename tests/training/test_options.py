@@ -39,16 +39,6 @@ def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: value.grad.clone() for name, value in trainer.trained.items() if value.grad is not None}
 
 
-@pytest.fixture
-def v_base(tiny_base: Path, tmp_path: Path) -> Path:
-    """The tiny base, said to predict v."""
-    copy = tmp_path / "v-base"
-    shutil.copytree(tiny_base, copy)
-    scheduler = DDPMScheduler.from_pretrained(copy, subfolder="scheduler")
-    DDPMScheduler.from_config(scheduler.config, prediction_type="v_prediction").save_pretrained(copy / "scheduler")
-    return copy
-
-
 @pytest.mark.parametrize(
     "options",
     [{}, {"lora_alpha": 6.0}, {"dora": True}, {"dora": True, "lora_alpha": 1.0}, {"lora_text_encoder": True, "lora_alpha": 4.0}],

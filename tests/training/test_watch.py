@@ -17,6 +17,7 @@ from momalisa import config
 from momalisa.checkpoint import Checkpoint
 from momalisa.config import Settings
 from momalisa.contact_sheet import GAP_PX, LABEL_PX, SHEET, row_top
+from momalisa.latents import TextEncoder
 from momalisa.promotion import measure
 from momalisa.storage import Store
 from momalisa.tracking import Tracker
@@ -54,8 +55,10 @@ def test_the_sheet_has_a_row_for_each_prompt_and_grows_by_a_column(settings: Set
                 asked.extend((request.prompt, request.seed) for request in requests)  # noqa: B023
                 return [Image.new("RGB", (32, 32), colour) for colour in colours[turn]]  # noqa: B023
 
-        monkeypatch.setattr(watching.Engine, "load", lambda *_: Painted())
-        gallery.hang(images, torch.nn.Linear(1, 1))
+            def forget_texts(self) -> None: ...
+
+        monkeypatch.setattr(watching.Engine, "load", lambda *_, **__: Painted())
+        gallery.hang(images, torch.nn.Linear(1, 1), TextEncoder.load(settings.diffusion))
         assert asked == [("a boat", 1000), ("a tree", 1001), ("my own", 1002)]
         found = sheet(settings)
         columns = (found.width - GAP_PX) // (128 + GAP_PX)
@@ -72,10 +75,26 @@ def test_the_pictures_are_the_engine_s_own(settings: Settings) -> None:
     gallery = Gallery(settings, PLAN, Tracker(settings, "run", "train"))
     unet = checkpoints.load_base_unet(settings.diffusion)
     state = torch.get_rng_state()
-    gallery.hang(16, unet)
+    gallery.hang(16, unet, TextEncoder.load(settings.diffusion))
     assert torch.equal(torch.get_rng_state(), state)
-    (strip,) = [path for path in Store(settings.root).list("reports/run") if path.endswith("000000016.png")]
-    assert Image.open(io.BytesIO(Store(settings.root).read_bytes(strip))).size == (32, 96)
+    assert strip(settings, 16).size == (32, 96)
+
+
+def strip(settings: Settings, images: int) -> Image.Image:
+    return Image.open(io.BytesIO(Store(settings.root).read_bytes(f"reports/run/{images:09d}.png")))
+
+
+def test_a_text_encoder_that_learns_shows_in_the_pictures(settings: Settings) -> None:
+    train = settings.train.model_copy(update={"evaluation_steps": 4})
+    gallery = Gallery(settings.model_copy(update={"train": train}), PLAN, Tracker(settings, "run", "train"))
+    unet, text_encoder = checkpoints.load_base_unet(settings.diffusion), TextEncoder.load(settings.diffusion)
+    gallery.hang(16, unet, text_encoder)
+    gallery.hang(32, unet, text_encoder)
+    source = torch.Generator().manual_seed(0)
+    for value in text_encoder.model.parameters():
+        value.data += torch.randn(value.shape, generator=source)
+    gallery.hang(48, unet, text_encoder)
+    assert strip(settings, 16).tobytes() == strip(settings, 32).tobytes() != strip(settings, 48).tobytes()
 
 
 @pytest.mark.parametrize(
