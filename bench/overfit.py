@@ -95,7 +95,7 @@ def main() -> None:
     print(explain.write(chosen, planned, decision))
     last = decision.candidates[-1]
     figures = {
-        "claim": f"{len(training)} works, {TIMES} times {options.usual} images: the best is an early checkpoint, late ones are copies",
+        "claim": f"{len(training)} works, {TIMES} times {options.usual} images: the best is early, late ones are copies",
         "best_images_seen": decision.best.checkpoint.images_seen if decision.best and decision.best.checkpoint else None,
         "last_images_seen": chosen.train.images,
         "copy_rate_best": decision.best.copies.share if decision.best and decision.best.copies else None,

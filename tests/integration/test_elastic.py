@@ -61,7 +61,7 @@ def arguments(base: Path, root: Path, **changes: Any) -> list[str]:
         "train.images": 4800,
         "train.batch": 16,
         "train.cell": 4,
-        "train.resize_check_s": 1,
+        "train.resize_check_s": 3,
         "train.precision": "fp32",
         "train.learning_rate": 1e-3,
         "train.checkpoint_every_images": 160,
@@ -149,7 +149,7 @@ def test_nodes_go_and_come(tiny_base: Path, cluster: Any, tmp_path: Path, worker
     thread.start()
     wait_until(settings, 320, thread)
     cluster.remove_node(nodes[-1], allow_graceful=False)
-    wait_until(settings, images_seen(settings) + 320, thread)
+    wait_until(settings, images_seen(settings) + 480, thread)
     node(cluster)
     thread.join(timeout=500)
     assert not thread.is_alive()
