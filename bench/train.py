@@ -11,7 +11,8 @@ process's processor seconds; the first `--warmup` steps (loading, compiling) are
 over the rounds; `cpu_ratio` is the same ratio of processor seconds, for machines that are busy with other things too. Ours
 trains on latents that were encoded before, as the encode job does; the script encodes each picture with the VAE at every step.
 `--ladder` switches our optimisations on one after another, beside the script, in every round. `--size sd14` is Stable Diffusion
-1.4's architecture at 512x512 with random weights. The last line printed is one JSON object.
+1.4's architecture at 512x512 with random weights. On a busy machine take `--threads 1`: idle threads that wait for others count
+as processor seconds. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
