@@ -5,12 +5,14 @@
     python bench/train.py --script ... --size sd14 --batch 16 --compile --ladder --record        # on a GPU, without Ray
     python bench/train.py --scaling                                                             # 2 workers against 1
 
-The script is read from a checkout of diffusers (0.42 or its main branch); it wants torchvision. Both sides run as programs
-of their own, twice: a short and a long run. The difference of their times over the difference of their steps is the time
-of a step, so that loading and saving are left out on both sides. Ours trains on latents that were encoded before, as
-the encode job does; the script encodes each picture with the VAE at every step. `cpu_ratio` is the same ratio of processor
-seconds, for machines that are busy with other things too. `--ladder` switches our optimisations on one after another.
-`--size sd14` is Stable Diffusion 1.4's architecture at 512x512 with random weights. The last line printed is one JSON object.
+The script is read from a checkout of diffusers (0.42 or its main branch); it wants torchvision. Each side runs as a program
+of its own, turn about for `--rounds` rounds. A hook that torch calls after every optimizer's step reads the clock and the
+process's processor seconds; the first `--warmup` steps (loading, compiling) are left out on both sides. `ratio` is the median
+over the rounds; `cpu_ratio` is the same ratio of processor seconds, for machines that are busy with other things too. Ours
+trains on latents that were encoded before, as the encode job does; the script encodes each picture with the VAE at every step.
+`--ladder` switches our optimisations on one after another, beside the script, in every round. `--size sd14` is Stable Diffusion
+1.4's architecture at 512x512 with random weights. On a busy machine take `--threads 1`: idle threads that wait for others count
+as processor seconds. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import argparse
 import json
 import os
 import random
-import resource
+import runpy
 import socket
 import subprocess
 import sys
@@ -76,6 +78,41 @@ def make_sd14(folder: Path) -> None:
     models.save_diffusion(folder, vae, build(SD_1_UNET), encoder, tokenizer)
 
 
+class Marks:
+    """When each optimizer step ended, by the clock and in processor seconds of this process."""
+
+    def __init__(self, warmup: int, steps: int) -> None:
+        from torch.optim.optimizer import register_optimizer_step_post_hook
+
+        self.first, self.last, self.count = warmup, warmup + steps, 0
+        self.found: list[tuple[float, float]] = []
+        register_optimizer_step_post_hook(self._mark)
+
+    def _mark(self, *_: Any) -> None:
+        import torch
+
+        self.count += 1
+        if self.count in (self.first, self.last) and torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if self.first <= self.count <= self.last:
+            self.found.append((time.monotonic(), time.process_time()))
+
+    def step(self) -> dict[str, float]:
+        """Seconds of a step, from the last of the warm-up to the end."""
+        assert self.count >= self.last, f"{self.count} steps of {self.last}"
+        (began, before), (ended, after) = self.found[0], self.found[-1]
+        steps = self.last - self.first
+        return {"clock_s": (ended - began) / steps, "cpu_s": (after - before) / steps}
+
+
+def peer(options: argparse.Namespace, arguments: list[str]) -> None:
+    """The script, in a process of its own; the last line says how it went."""
+    marks = Marks(options.warmup, options.steps)
+    sys.argv = [str(options.script), *arguments]
+    runpy.run_path(str(options.script), run_name="__main__")
+    print(json.dumps(marks.step()))
+
+
 def ours(options: argparse.Namespace) -> None:
     """Our side, in a process of its own: encode, then train for so many steps; the last line says how it went."""
     import torch
@@ -102,7 +139,7 @@ def ours(options: argparse.Namespace) -> None:
     texts = [row["text"] for row in rows]
     tokens = TextEncoder.load(diffusion).tokenize(texts)
     train = Train(
-        images=options.steps * options.batch,
+        images=(options.warmup + options.steps) * options.batch,
         batch=options.batch,
         micro_batch=options.micro_batch,
         workers=options.workers,
@@ -114,6 +151,7 @@ def ours(options: argparse.Namespace) -> None:
         evaluation_prompts=(),
         checkpoint_every_images=10**9,
     )
+    marks = Marks(options.warmup, options.steps)
     said: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
         cache = LatentCache([row["file_name"] for row in rows], texts, moments, tokens)
@@ -128,35 +166,33 @@ def ours(options: argparse.Namespace) -> None:
 
         trainer.snapshot = timed  # type: ignore[method-assign]
         trainer.train()
-    print(json.dumps({key: said[key] for key in FIGURES if key in said}))
+    print(json.dumps(marks.step() | {key: said[key] for key in FIGURES if key in said}))
 
 
-FIGURES = ("images_per_s", "data_wait_fraction", "peak_memory_gib", "mfu", "checkpoint_stall_s")
+FIGURES = ("data_wait_fraction", "peak_memory_gib", "mfu", "checkpoint_stall_s")
 
 
-def our_command(options: argparse.Namespace, steps: int) -> list[str]:
+def our_command(options: argparse.Namespace) -> list[str]:
     same = [f"--model={options.model}", f"--data={options.data}", f"--batch={options.batch}", f"--threads={options.threads}"]
-    same += [f"--resolution={options.resolution}", f"--precision={options.precision}", f"--steps={steps}"]
-    same += [f"--optimizer={options.optimizer}", f"--workers={options.workers}"]
+    same += [f"--resolution={options.resolution}", f"--precision={options.precision}", f"--optimizer={options.optimizer}"]
+    same += [f"--warmup={options.warmup}", f"--steps={options.steps}", f"--workers={options.workers}"]
     same += [f"--micro-batch={options.micro_batch}"] if options.micro_batch else []
     same += ["--compile"] if options.compile else []
     same += ["--gradient-checkpointing"] if options.gradient_checkpointing else []
     return [sys.executable, str(HERE), "--side=ours", *same]
 
 
-def peer_command(options: argparse.Namespace, steps: int, scratch: Path) -> list[str]:
+def peer_command(options: argparse.Namespace, scratch: Path) -> list[str]:
     import torch
 
     precision = {"fp32": "no"}.get(options.peer_precision, options.peer_precision)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", f"--mixed_precision={precision}"]
-    launch += [] if torch.cuda.is_available() else ["--cpu"]
     flags = {
         "pretrained_model_name_or_path": options.model,
         "train_data_dir": options.data.parent,
         "caption_column": "text",
         "resolution": options.resolution,
         "train_batch_size": options.batch,
-        "max_train_steps": steps,
+        "max_train_steps": options.warmup + options.steps,
         "learning_rate": 1e-5,
         "lr_scheduler": "constant",
         "snr_gamma": 5.0,
@@ -165,51 +201,35 @@ def peer_command(options: argparse.Namespace, steps: int, scratch: Path) -> list
         "dataloader_num_workers": 0 if not torch.cuda.is_available() else 8,
         "seed": 0,
         "mixed_precision": precision,
-        "output_dir": scratch / f"peer-{steps}",
+        "output_dir": scratch / "peer",
         "cache_dir": scratch / "cache",
     }
     listed = [f"--{key}={value}" for key, value in flags.items()]
     listed += ["--gradient_checkpointing"] if options.gradient_checkpointing else []
-    return [*launch, str(options.script), *listed, "--use_ema", "--foreach_ema"]
+    how = ["--side=peer", f"--script={options.script}", f"--warmup={options.warmup}", f"--steps={options.steps}", "--"]
+    return [sys.executable, str(HERE), *how, *listed, "--use_ema", "--foreach_ema"]
 
 
-def program(side: str, line: list[str], options: argparse.Namespace) -> tuple[float, float, str]:
-    """Run one side: seconds by the clock, seconds of processors, and what it printed."""
+def program(side: str, options: argparse.Namespace, scratch: Path) -> dict[str, float]:
+    """Run one side: seconds of a step by the clock and of processors, and what else our side says."""
+    line = our_command(options) if side == "ours" else peer_command(options, scratch)
+    workers = options.workers if side == "ours" else 1
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(options.workers)}
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(workers)}
     environment = {**os.environ, "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     environment |= {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}
-    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    ranks = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(options.workers)]
-    processes = [
-        subprocess.Popen(
-            line,
-            env={**environment, **(rank if options.workers > 1 else {})},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in ranks
-    ]
-    printed = [process.communicate()[0] for process in processes]
-    if any(process.returncode for process in processes):
+    processes = []
+    for rank in range(workers):
+        own = {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} if workers > 1 else {}
+        with (scratch / f"{side}-{rank}.log").open("w") as log:
+            processes.append(subprocess.Popen(line, env=environment | own, stdout=log, stderr=subprocess.STDOUT))
+    codes = [process.wait() for process in processes]
+    printed = [(scratch / f"{side}-{rank}.log").read_text() for rank in range(workers)]
+    if any(codes):
         raise SystemExit(f"{side} failed:\n" + "\n".join(text[-3000:] for text in printed))
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return time.monotonic() - began, busy, printed[0]
-
-
-def steps_s(options: argparse.Namespace, side: str, scratch: Path) -> tuple[float, float, dict[str, float]]:
-    """Seconds of a step by the clock and of processors, and what our side says of its long run."""
-    found, told = [], {}
-    for steps in (options.short, options.short + options.more):
-        line = our_command(options, steps) if side == "ours" else peer_command(options, steps, scratch)
-        clock, busy, printed = program(side, line, options)
-        found.append((clock, busy))
-        if side == "ours":
-            told = json.loads(printed.strip().splitlines()[-1])
-    return (found[1][0] - found[0][0]) / options.more, (found[1][1] - found[0][1]) / options.more, told
+    found: dict[str, float] = json.loads(printed[0].strip().splitlines()[-1])
+    return found
 
 
 def prepare(options: argparse.Namespace, scratch: Path) -> None:
@@ -220,66 +240,88 @@ def prepare(options: argparse.Namespace, scratch: Path) -> None:
         make_sd14(Path(options.model))
 
 
+Rounds = dict[str, list[dict[str, float]]]
+
+
+def rounds(options: argparse.Namespace, sides: dict[str, argparse.Namespace], scratch: Path) -> Rounds:
+    """Every side once a round, its name beginning with `ours` or `peer`."""
+    found: Rounds = {name: [] for name in sides}
+    for turn in range(options.rounds):
+        for name, chosen in sides.items():
+            told = program(name.split()[0], chosen, scratch)
+            found[name].append(told)
+            said = {key: round(value, 4) for key, value in told.items()}
+            print(f"round {turn + 1}: {name}: {options.batch / told['clock_s']:.1f} images/s {said}", file=sys.stderr, flush=True)
+    return found
+
+
+def ratio(found: Rounds, ours: str, peer: str, figure: str) -> float:
+    """How many times faster, the median over the rounds."""
+    return round(median(b[figure] / a[figure] for a, b in zip(found[ours], found[peer], strict=True)), 2)
+
+
+def rate(options: argparse.Namespace, told: list[dict[str, float]]) -> float:
+    return round(options.batch / median(one["clock_s"] for one in told), 1)
+
+
+RUNGS = [{"precision": "fp32", "compile": False}, {"precision": "bf16"}, {"compile": True}, {"optimizer": "adamw8bit"}]
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    clocks: dict[str, list[float]] = {"ours": [], "peer": []}
-    processors: dict[str, list[float]] = {"ours": [], "peer": []}
+    """Our side beside the script; with --ladder, also with each optimisation added to those before it."""
+    sides = {"ours": options, "peer": options}
+    chosen = vars(options)
+    for number, change in enumerate(RUNGS if options.ladder else [], 1):
+        chosen = chosen | change
+        sides[f"ours {number}"] = argparse.Namespace(**chosen)
     with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
-        prepare(options, scratch)
-        for turn in range(options.rounds):
-            for side in ("ours", "peer"):
-                clock, busy, told = steps_s(options, side, scratch)
-                clocks[side].append(clock)
-                processors[side].append(busy)
-                said = {key: round(value, 4) for key, value in told.items()}
-                print(f"round {turn + 1}: {side} {options.batch / clock:.1f} images/s {said or ''}", file=sys.stderr, flush=True)
-        rungs = ladder(options, scratch, median(clocks["peer"])) if options.ladder else []
-    rates = {side: options.batch / median(values) for side, values in clocks.items()}
+        prepare(options, Path(folder))
+        for one in sides.values():
+            one.data, one.model = options.data, options.model
+        found = rounds(options, sides, Path(folder))
     how = f"{options.precision}{', compiled' if options.compile else ''}"
     what = "miniature UNet" if options.size == "miniature" else "UNet of Stable Diffusion 1.4 with random weights"
+    rungs = [
+        {
+            **change,
+            "images_per_s": rate(options, found[name]),
+            "ratio": ratio(found, name, "peer", "clock_s"),
+            "cpu_ratio": ratio(found, name, "peer", "cpu_s"),
+            "mfu": found[name][-1].get("mfu"),
+        }
+        for change, name in zip(RUNGS, list(sides)[2:], strict=False)
+    ]
+    last = found["ours"][-1]
     return {
         "claim": f"training, {what}, {options.resolution}x{options.resolution}, batch {options.batch}, images/s; "
         f"ours {how} against train_text_to_image.py {options.peer_precision}",
-        "ours": round(rates["ours"], 1),
-        "peer": round(rates["peer"], 1),
-        "ratio": round(rates["ours"] / rates["peer"], 2),
-        "cpu_ratio": round(median(processors["peer"]) / median(processors["ours"]), 2),
+        "ours": rate(options, found["ours"]),
+        "peer": rate(options, found["peer"]),
+        "ratio": ratio(found, "ours", "peer", "clock_s"),
+        "cpu_ratio": ratio(found, "ours", "peer", "cpu_s"),
         "hardware": f"{options.threads} threads of {os.cpu_count()} x {processor()}",
+        **{key: round(last[key], 4) for key in FIGURES if key in last},
         **({"ladder": rungs} if rungs else {}),
     }
 
 
-def ladder(options: argparse.Namespace, scratch: Path, peer_s: float) -> list[dict[str, Any]]:
-    """Our side with each optimisation added to those before it."""
-    rungs = [{"precision": "fp32", "compile": False}, {"precision": "bf16"}, {"compile": True}, {"optimizer": "adamw8bit"}]
-    chosen, found = argparse.Namespace(**vars(options)), []
-    for change in rungs:
-        vars(chosen).update(change)
-        clock, _, told = steps_s(chosen, "ours", scratch)
-        rung = {
-            **change,
-            "images_per_s": round(options.batch / clock, 1),
-            "ratio": round(peer_s / clock, 2),
-            "mfu": told.get("mfu"),
-        }
-        print(f"ladder: {rung}", file=sys.stderr, flush=True)
-        found.append(rung)
-    return found
-
-
 def scaling(options: argparse.Namespace) -> dict[str, Any]:
-    """Two workers with half the threads each against one with half the threads: 1 is perfect."""
+    """Two workers with half the threads each against one with half the threads, the same global batch."""
     options.threads = max(1, options.threads // 2)
+    one, two = argparse.Namespace(**vars(options)), argparse.Namespace(**{**vars(options), "workers": 2})
+    sides = {"ours alone": one, "ours twice": two}
     with tempfile.TemporaryDirectory() as folder:
         prepare(options, Path(folder))
-        one, _, _ = steps_s(options, "ours", Path(folder))
-        options.workers = 2
-        two, _, _ = steps_s(options, "ours", Path(folder))
+        for side in sides.values():
+            side.data, side.model = options.data, options.model
+        found = rounds(options, sides, Path(folder))
+    times = ratio(found, "ours twice", "ours alone", "clock_s")
     return {
-        "claim": f"training, 2 workers against 1, {options.threads} threads each, batch {options.batch}, images/s",
-        "ours": round(options.batch / two, 1),
-        "peer": round(options.batch / one, 1),
-        "ratio": round(one / two, 2),
+        "claim": f"training, 2 workers against 1, {options.threads} threads each, batch {options.batch}: images/s; 2 is perfect",
+        "ours": rate(options, found["ours twice"]),
+        "peer": rate(options, found["ours alone"]),
+        "ratio": times,
+        "efficiency": round(times / 2, 2),
         "hardware": f"{options.threads} threads a worker of {os.cpu_count()} x {processor()}",
     }
 
@@ -302,18 +344,18 @@ def main() -> None:
     parser.add_argument("--ladder", action="store_true", help="then our optimisations one after another")
     parser.add_argument("--scaling", action="store_true", help="only ours: two workers against one")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--short", type=int, default=5, help="steps of the short run")
-    parser.add_argument("--more", type=int, default=30, help="further steps of the long run")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--warmup", type=int, default=5, help="first steps, not counted")
+    parser.add_argument("--steps", type=int, default=20, help="steps that are counted")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--record", action="store_true", help="append a row to bench/RESULTS.md")
-    parser.add_argument("--side", choices=("ours",), help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--steps", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.resolution = options.resolution or (512 if options.size == "sd14" else 128)
     if options.side:
-        ours(options)
+        ours(options) if options.side == "ours" else peer(options, options.arguments)
         return
     if not options.scaling and (options.script is None or not options.script.is_file()):
         parser.error(f"--script {options.script}: give the path of train_text_to_image.py in a checkout of diffusers")

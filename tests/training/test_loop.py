@@ -191,6 +191,22 @@ def test_accumulation_and_checkpointing_of_gradients_change_no_gradient(run: Run
             torch.testing.assert_close(same, one, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # the C++ compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_compiled_steps_have_the_losses_of_eager_ones(run: Run, tmp_path: Path) -> None:
+    from torch._dynamo.utils import counters
+
+    run = changed(run, checkpoint_every_images=8)  # each step's loss is looked at
+    eager = Trainer(run, Events()).train()
+    counters.clear()
+    again = replace(run, store=Store(str(tmp_path / "compiled")))
+    compiled = Trainer(changed(again, compile=True), Events()).train()
+    assert counters["stats"]["unique_graphs"] == 1  # the whole UNet, once
+    assert not counters["graph_break"]
+    assert [loss for _, loss in compiled.losses] == pytest.approx([loss for _, loss in eager.losses], rel=1e-4)
+
+
 def test_another_seed_is_another_run_of_chance(run: Run) -> None:
     losses = [Trainer(changed(replace(run, name=f"s{seed}"), images=8, seed=seed), Events()).train().losses for seed in (0, 1)]
     assert losses[0] != losses[1]

@@ -6,10 +6,12 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,24 +40,46 @@ TRAIN = Train(
 WORKS = 11
 ADAPTERS = {"lora_rank": 2, "lora_text_encoder": True, "prior_weight": 1.0}
 
-WORKER = """
-import json, pickle, sys
+# Imports what training needs, once; then each line of its input names a group, whose processes are forked.
+STARTER = """
+import json, os, pickle, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-torch.distributed.init_process_group("gloo")
+import accelerate, diffusers.models.unets.unet_2d_condition, peft, transformers.models.clip.modeling_clip
 from momalisa.training.loop import Events, Trainer
-run = pickle.loads(Path(sys.argv[1]).read_bytes())
-trainer = Trainer(run, Events(), workers=torch.distributed.get_world_size())
-at, seen = trainer.batches.at, {}
-def noted(images_seen):
-    parts = at(images_seen)
-    seen[images_seen] = [work for part in parts if part.weights.sum() > 0 for work in part.ids]
-    return parts
-trainer.batches.at = noted
-progress = trainer.train()
-print("told", json.dumps([progress.losses, sorted(seen.items())]))
-torch.distributed.destroy_process_group()
+
+def work(scratch, workers, rank, port):
+    os.environ |= {"WORLD_SIZE": str(workers), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group("gloo")
+    run = pickle.loads((scratch / "run.pickle").read_bytes())
+    trainer = Trainer(run, Events(), workers=workers)
+    at, seen = trainer.batches.at, {}
+    def noted(images_seen):
+        parts = at(images_seen)
+        seen[images_seen] = [work for part in parts if part.weights.sum() > 0 for work in part.ids]
+        return parts
+    trainer.batches.at = noted
+    progress = trainer.train()
+    (scratch / f"{rank}.json").write_text(json.dumps([progress.losses, sorted(seen.items())]))
+    torch.distributed.destroy_process_group()
+
+def forked(*arguments):
+    process = os.fork()
+    if process:
+        return process
+    try:
+        work(*arguments)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)
+    os._exit(0)
+
+for line in sys.stdin:
+    scratch, workers, port = json.loads(line)
+    processes = [forked(Path(scratch), workers, rank, port) for rank in range(workers)]
+    print(json.dumps([os.waitpid(process, 0)[1] for process in processes]), flush=True)
 """
 Losses = list[list[float]]
 
@@ -77,33 +101,50 @@ def changed(run: Run, **settings: Any) -> Run:
     return replace(run, train=Train(**{**run.train.model_dump(), **settings}))
 
 
-def group(run: Run, workers: int, scratch: Path) -> tuple[Losses, dict[int, list[str]]]:
-    """Train a run with so many processes: its losses, and which works stood in each step."""
-    scratch.mkdir(parents=True, exist_ok=True)
-    (scratch / "run.pickle").write_bytes(pickle.dumps(changed(run, workers=workers)))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(workers), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(scratch / "run.pickle")],
+class Groups:
+    """Groups of processes, one after another, each process forked from one that has imported torch and the rest."""
+
+    def __init__(self) -> None:
+        self.starter = subprocess.Popen(
+            [sys.executable, "-c", STARTER],
             cwd=Path(__file__).parents[2],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
-        for rank in range(workers)
-    ]
-    printed = [process.communicate(timeout=280)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * workers
-    told = [json.loads(text.split("told ", 1)[1]) for text in printed]
-    assert all(losses == told[0][0] for losses, _ in told)  # reduced over the group
-    works: dict[int, list[str]] = {}
-    for _, seen in told:
-        for images_seen, ids in seen:
-            works.setdefault(images_seen, []).extend(ids)
-    return told[0][0], works
+
+    def __call__(self, run: Run, workers: int, scratch: Path) -> tuple[Losses, dict[int, list[str]]]:
+        """Train a run with so many processes: its losses, and which works stood in each step."""
+        scratch.mkdir(parents=True, exist_ok=True)
+        (scratch / "run.pickle").write_bytes(pickle.dumps(changed(run, workers=workers)))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        assert self.starter.stdin is not None
+        assert self.starter.stdout is not None
+        print(json.dumps([str(scratch), workers, port]), file=self.starter.stdin, flush=True)
+        assert json.loads(self.starter.stdout.readline()) == [0] * workers
+        told = [json.loads((scratch / f"{rank}.json").read_text()) for rank in range(workers)]
+        assert all(losses == told[0][0] for losses, _ in told)  # reduced over the group
+        works: dict[int, list[str]] = {}
+        for _, seen in told:
+            for images_seen, ids in seen:
+                works.setdefault(images_seen, []).extend(ids)
+        return told[0][0], works
+
+    def close(self) -> None:
+        """Ends the starter, and what it started if a test was given up."""
+        os.killpg(self.starter.pid, signal.SIGKILL)
+        self.starter.communicate()
+
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[Groups]:
+    made = Groups()
+    yield made
+    made.close()
 
 
 def weights_of(run: Run) -> torch.Tensor:
@@ -115,7 +156,7 @@ def weights_of(run: Run) -> torch.Tensor:
 @pytest.mark.parametrize(
     "options", [{}, {"micro_batch": 1}, {"lora_rank": 2, "lora_text_encoder": True, "prior_weight": 1.0}], ids=str
 )
-def test_many_workers_train_as_one(run: Run, tmp_path: Path, workers: int, options: dict[str, Any]) -> None:
+def test_many_workers_train_as_one(run: Run, group: Groups, tmp_path: Path, workers: int, options: dict[str, Any]) -> None:
     """Three workers share four cells: one of them has two."""
     run = changed(run, **options)
     alone = Trainer(run, Events()).train()
@@ -129,7 +170,7 @@ def test_many_workers_train_as_one(run: Run, tmp_path: Path, workers: int, optio
 
 
 @pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_a_group_goes_on_from_a_checkpoint_bit_by_bit(run: Run, tmp_path: Path, workers: int) -> None:
+def test_a_group_goes_on_from_a_checkpoint_bit_by_bit(run: Run, group: Groups, tmp_path: Path, workers: int) -> None:
     """DDP lays its buckets out anew after a process's first exchange; at four workers the order of sums shows."""
     places = [tmp_path / "whole", tmp_path / "resumed"]
     whole, resumed = (replace(run, store=Store(str(place))) for place in places)
@@ -144,7 +185,7 @@ def test_a_group_goes_on_from_a_checkpoint_bit_by_bit(run: Run, tmp_path: Path, 
     assert ends[0].files == ends[1].files
 
 
-def test_gradients_in_sixteen_bits_train_nearly_the_same(run: Run, tmp_path: Path) -> None:
+def test_gradients_in_sixteen_bits_train_nearly_the_same(run: Run, group: Groups, tmp_path: Path) -> None:
     runs = [replace(run, store=Store(str(tmp_path / kind))) for kind in ("none", "bf16")]
     runs[1] = changed(runs[1], gradient_compression="bf16")
     (full, _), (half, _) = (group(one, 2, tmp_path / f"group-{number}") for number, one in enumerate(runs))
@@ -153,10 +194,10 @@ def test_gradients_in_sixteen_bits_train_nearly_the_same(run: Run, tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 5e-3)])
 def test_two_hundred_steps_are_the_same_at_one_two_and_four_workers(
-    run: Run, tmp_path: Path, precision: str, tolerance: float
+    run: Run, group: Groups, tmp_path: Path, precision: str, tolerance: float
 ) -> None:
     """The audit: the same works in the same steps, each of them once an epoch; and the same losses."""
     long = changed(run, precision=precision, images=1600, checkpoint_every_images=1600, learning_rate=3e-4)
