@@ -140,6 +140,7 @@ class Machines:
         machine.process.send_signal(signal.SIGKILL)
         machine.process.wait()
         space = f"mo{self.tag}-{name}"
+        ip("link", "del", f"v{self.tag[:4]}{machine.address.split('.')[-1]}a", check=False)
         ip("netns", "del", space, check=False)
         shutil.rmtree(NETNS_ETC / space, ignore_errors=True)
 

@@ -22,13 +22,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.skipif(boo
 
 TOKEN = "planted-token-of-the-test-0123456789"
 JOB = """
-import ray, time
+import ray
 ray.init(log_to_driver=False)
-@ray.remote(num_gpus=1, max_retries=-1)
-def where():
-    time.sleep(4)
-    return ray.util.get_node_ip_address()
-print("ran on", len(set(ray.get([where.remote(), where.remote()]))), "nodes")
+@ray.remote(num_gpus=1)
+class Worker:
+    def where(self):
+        return ray.util.get_node_ip_address()
+both = [Worker.remote(), Worker.remote()]
+print("ran on", len(set(ray.get([worker.where.remote() for worker in both]))), "nodes")
 """
 
 
