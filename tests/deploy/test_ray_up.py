@@ -67,7 +67,7 @@ def laptop(cloud: FakeRunpod, tmp_path_factory: pytest.TempPathFactory) -> Calla
     def ray(command: str, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
         line = [str(BIN / "ray"), command, str(folder / "cluster.yaml"), *arguments]
         return subprocess.run(
-            line, capture_output=True, text=True, check=False, timeout=300, env={**environment, **changes}, cwd=folder
+            line, capture_output=True, text=True, check=False, timeout=200, env={**environment, **changes}, cwd=folder
         )
 
     ray.folder, ray.environment = folder, environment  # type: ignore[attr-defined]
