@@ -24,10 +24,12 @@ def missing() -> str:
     if os.geteuid() != 0:
         return "needs root to make network namespaces"
     lacking = [
-        tool for tool in ("ip", "unshare", "sshd", "rsync") if not shutil.which(tool, path=os.environ["PATH"] + ":/usr/sbin")
+        tool
+        for tool in ("ip", "unshare", "sshd", "rsync", "pgrep")
+        if not shutil.which(tool, path=os.environ["PATH"] + ":/usr/sbin")
     ]
     if lacking:
-        return f"needs {', '.join(lacking)} (apt-get install iproute2 util-linux openssh-server rsync)"
+        return f"needs {', '.join(lacking)} (apt-get install iproute2 util-linux openssh-server rsync procps)"
     probe = f"mo{secrets.token_hex(3)}"
     if subprocess.run(["ip", "netns", "add", probe], capture_output=True, check=False).returncode:
         return "may not make network namespaces here"

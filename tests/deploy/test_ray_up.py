@@ -62,6 +62,7 @@ def laptop(cloud: FakeRunpod, tmp_path_factory: pytest.TempPathFactory) -> Calla
         ]
     (folder / "cluster.yaml").write_text(yaml.safe_dump(config))
     environment = {**os.environ, "RUNPOD_API_KEY": KEY, "MOMALISA_RUNPOD_URL": cloud.url, "MOMALISA_STATE": str(folder),
+                   "TMPDIR": str(folder),  # Ray keeps what it knows of a cluster there
                    "PYTHONPATH": str(HOME), "RAY_USAGE_STATS_ENABLED": "0", "RAY_UP_enable_autoscaler_v2": "1"}  # fmt: skip
 
     def ray(command: str, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
