@@ -148,16 +148,3 @@ class Machines:
 
     def alive(self, name: str) -> bool:
         return name in self.machines and self.machines[name].process.poll() is None
-
-    def cut(self, name: str, whole: bool = False) -> None:
-        """Partition: the cable is out (or, not `whole`, in again)."""
-        ip(
-            "-n",
-            f"mo{self.tag}-{name}",
-            "link",
-            "set",
-            f"v{self.tag[:4]}{self.machines[name].address.split('.')[-1]}b",
-            "up" if whole else "down",
-        )
-        if whole:
-            ip("-n", f"mo{self.tag}-{name}", "route", "replace", "default", "via", self.gateway)

@@ -1,4 +1,4 @@
-"""Machines of their own on this machine: training over their network is training on one, and every way to lose one is survived.
+"""Machines of their own on this machine: training over their network is training on one, also where one is lost.
 
 The settings that decide how long a recovery takes are cluster.yaml's own.
 """
@@ -22,16 +22,14 @@ from tests.integration import test_elastic
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500), pytest.mark.skipif(bool(missing()), reason=missing() or "-")]
 
 TOKEN = "planted-token-of-the-test-1357924680"
-SLACK = 2.0  # of the targets: for a machine with two cores and other work
+WITHIN_S = 40.0
+SLACK = 2.0  # of the target: for a machine with two cores and other work
 IMAGES, BATCH, EVERY = 6400, 16, 320
 SIZE = {
     "train.images": IMAGES, "train.batch": BATCH, "train.cell": 4, "train.workers": 2, "train.precision": "fp32",
     "train.learning_rate": 1e-3, "train.checkpoint_every_images": EVERY, "train.evaluate_every_steps": 100000,
     "train.evaluation_prompts": "[]", "train.max_failures": 5, "wandb.mode": "disabled",
 }  # fmt: skip
-
-
-USUAL = set(range(EVERY, IMAGES + 1, EVERY))
 
 
 class Site:
@@ -76,10 +74,6 @@ class Site:
                 found[host.name] = host
         return list(found.values())
 
-    def close(self) -> None:
-        for name in list(self.machines.machines):
-            self.machines.kill(name)
-
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
@@ -90,7 +84,6 @@ def site(tmp_path: Path) -> Iterator[Site]:
         made = Site(machines, tmp_path / "machines")
         made.open()
         yield made
-        made.close()
 
 
 @pytest.fixture(scope="module")
@@ -121,23 +114,7 @@ def reaches(settings: Settings, images: int, process: subprocess.Popen[bytes], l
     return newest
 
 
-def left(root: Path, process: subprocess.Popen[bytes], log: Path) -> int:
-    """The images seen at which training wrote a checkpoint because it was asked to leave: none of its usual ones."""
-    deadline = time.monotonic() + 60
-    while not (found := {int(path.parent.name) for path in root.glob("checkpoints/*/*/manifest.json")} - USUAL):
-        assert process.poll() is None, log.read_text()[-4000:]
-        assert time.monotonic() < deadline, log.read_text()[-4000:]
-        time.sleep(0.05)
-    return max(found)
-
-
-WITHIN_S = {"SIGKILL": 40, "notice": 20, "partition": 60}
-
-
-@pytest.mark.parametrize("fault", ["SIGKILL", "notice", "partition", "head"])
-def test_a_machine_is_lost_and_the_result_is_the_same(
-    site: Site, alone: Settings, tiny_base: Path, tmp_path: Path, fault: str
-) -> None:
+def test_a_machine_is_lost_and_the_result_is_the_same(site: Site, alone: Settings, tiny_base: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     ours = published(tiny_base, tmp_path / "out")
     process = site.train(tmp_path / "out", tiny_base, log)
@@ -146,27 +123,14 @@ def test_a_machine_is_lost_and_the_result_is_the_same(
     assert len(busy) == 2, "one worker on each of two hosts that are not the head"
     lost, began = busy[-1], time.monotonic()
     kept = test_elastic.images_seen(ours) + EVERY  # the one that is being written may still come
-    if fault == "SIGKILL":
-        site.machines.kill(lost.name)
-    elif fault == "partition":
-        site.machines.cut(lost.name)
-    elif fault == "notice":
-        lost.run("python -m deploy.drain --within-s 25")
-        kept, began = left(tmp_path / "out", process, log), time.monotonic()
-    else:
-        site.close()
-        process.wait()
-        site.open()
-        began = time.monotonic()
-        process = site.train(tmp_path / "out", tiny_base, log)
+    site.machines.kill(lost.name)
     reaches(ours, kept + 1, process, log)
     took_s = time.monotonic() - began
-    print(json.dumps({"fault": fault, "stepping_again_s": round(took_s, 1), "images": kept}))
+    print(json.dumps({"stepping_again_s": round(took_s, 1), "images": kept}))
     assert process.wait(timeout=200) == 0, log.read_text()[-4000:]
     run = next((tmp_path / "out" / "checkpoints").iterdir()).name
     mine, theirs = read_all(Store(ours.root), run)[-1], read_all(Store(alone.root), run)[-1]
     losses, expected = dict(map(tuple, mine.training["losses"])), dict(map(tuple, theirs.training["losses"]))
     assert losses.keys() == expected.keys()
     assert list(losses.values()) == pytest.approx(list(expected.values()), rel=1e-4)
-    if fault in WITHIN_S:
-        assert took_s <= WITHIN_S[fault] * SLACK
+    assert took_s <= WITHIN_S * SLACK
