@@ -68,7 +68,7 @@ lock: $(VENV)/.ready ## the image's libraries by hash (needs uv; LINKS names a f
 
 image-check: $(VENV)/.ready ## lint the Dockerfile, and run its install steps in a clean virtual environment
 	$(BIN)/hadolint deploy/Dockerfile
-	$(BIN)/pytest -q -m slow tests/deploy/test_image.py
+	$(BIN)/pytest -q -m image tests/deploy/test_image.py
 
 sbom: $(VENV)/.ready ## a CycloneDX list of what the image holds (needs the network)
 	$(BIN)/pip install --quiet cyclonedx-bom && $(BIN)/cyclonedx-py requirements deploy/requirements-gpu.lock -o out/sbom.json

@@ -70,6 +70,7 @@ class RunpodNodeProvider(NodeProvider):
         self._pods: dict[str, Pod] = {}
         self._listed = False
         self._born: dict[str, float] = {}  # when we made a pod, by our clock
+        self._told: set[str] = set()  # pods that Ray knows of
         self._given_back: set[str] = set()
         self._later_tags: dict[str, dict[str, str]] = {}
         self._prices: dict[str, float] = {}
@@ -87,6 +88,7 @@ class RunpodNodeProvider(NodeProvider):
                 logger.warning("%s; going on with %d pods known before", error, len(self._pods))
             except RunpodError as error:
                 raise ProviderError(str(error)) from None
+            self._told.update(self._pods)
             return [pod_id for pod_id in self._pods if tag_filters.items() <= self.node_tags(pod_id).items()]
 
     def is_running(self, node_id: str) -> bool:
@@ -193,7 +195,10 @@ class RunpodNodeProvider(NodeProvider):
     # How
 
     def _refresh(self) -> None:
-        """List, take in, give back what failed, count the money. Raises RunpodError, or ProviderError for a taken name."""
+        """List, take in, give back what failed, count the money. Raises RunpodError, or ProviderError for a taken name.
+
+        A worker is given back only after Ray has seen it: for one that came and went unseen Ray would wait ten minutes.
+        """
         mine = {pod["id"]: pod for pod in self.client.pods() if pod["env"].get(CLUSTER) == self.cluster_name}
         self._check_owner(mine.values())
         now = time.monotonic()
@@ -203,7 +208,8 @@ class RunpodNodeProvider(NodeProvider):
         self._pods = {pod_id: pod for pod_id, pod in mine.items() if pod_id not in self._given_back}
         self._listed = True
         for pod in list(self._pods.values()):
-            if reason := self._failure(pod):
+            seen = pod["id"] in self._told or kind_of(pod) == NODE_KIND_HEAD
+            if seen and (reason := self._failure(pod)):
                 self._give_back(pod, reason)
         self._hold_total()
 

@@ -94,9 +94,11 @@ class FakeRunpod:
             for forward in self._forwards.values():
                 forward.close()
             loop.run_until_complete(runner.cleanup())
-            for task in asyncio.all_tasks(loop):
+            left = asyncio.all_tasks(loop)
+            for task in left:
                 task.cancel()
-            loop.run_until_complete(asyncio.sleep(0))
+            loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+            loop.run_until_complete(asyncio.sleep(0.05))  # for the transports to close
             loop.close()
 
         thread = threading.Thread(target=run, daemon=True)
@@ -273,11 +275,13 @@ async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, addre
     """What comes in on one connection goes out on another, both ways."""
 
     async def copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
-            while data := await source.read(65536):
-                sink.write(data)
-                await sink.drain()
-        sink.close()
+        try:
+            with contextlib.suppress(OSError):
+                while data := await source.read(65536):
+                    sink.write(data)
+                    await sink.drain()
+        finally:
+            sink.close()
 
     try:
         far_reader, far_writer = await asyncio.open_connection(address, port)

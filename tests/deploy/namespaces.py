@@ -24,10 +24,12 @@ def missing() -> str:
     if os.geteuid() != 0:
         return "needs root to make network namespaces"
     lacking = [
-        tool for tool in ("ip", "unshare", "sshd", "rsync") if not shutil.which(tool, path=os.environ["PATH"] + ":/usr/sbin")
+        tool
+        for tool in ("ip", "unshare", "sshd", "rsync", "pgrep")
+        if not shutil.which(tool, path=os.environ["PATH"] + ":/usr/sbin")
     ]
     if lacking:
-        return f"needs {', '.join(lacking)} (apt-get install iproute2 util-linux openssh-server rsync)"
+        return f"needs {', '.join(lacking)} (apt-get install iproute2 util-linux openssh-server rsync procps)"
     probe = f"mo{secrets.token_hex(3)}"
     if subprocess.run(["ip", "netns", "add", probe], capture_output=True, check=False).returncode:
         return "may not make network namespaces here"
@@ -140,21 +142,9 @@ class Machines:
         machine.process.send_signal(signal.SIGKILL)
         machine.process.wait()
         space = f"mo{self.tag}-{name}"
+        ip("link", "del", f"v{self.tag[:4]}{machine.address.split('.')[-1]}a", check=False)
         ip("netns", "del", space, check=False)
         shutil.rmtree(NETNS_ETC / space, ignore_errors=True)
 
     def alive(self, name: str) -> bool:
         return name in self.machines and self.machines[name].process.poll() is None
-
-    def cut(self, name: str, whole: bool = False) -> None:
-        """Partition: the cable is out (or, not `whole`, in again)."""
-        ip(
-            "-n",
-            f"mo{self.tag}-{name}",
-            "link",
-            "set",
-            f"v{self.tag[:4]}{self.machines[name].address.split('.')[-1]}b",
-            "up" if whole else "down",
-        )
-        if whole:
-            ip("-n", f"mo{self.tag}-{name}", "route", "replace", "default", "via", self.gateway)

@@ -178,6 +178,15 @@ def test_a_pod_that_failed_is_given_back_with_its_reason(
     assert ours.non_terminated_nodes({}) == []
 
 
+def test_a_worker_that_died_is_seen_once_before_it_is_given_back(runpod: FakeRunpod) -> None:
+    """Ray waits ten minutes for a launch whose pod it never saw."""
+    runpod.dying, ours = 1, provider()
+    (dead,), (alive,) = (ours.create_node(NODE, WORKER, 1) for _ in range(2))
+    assert set(ours.non_terminated_nodes({})) == {dead, alive}
+    assert ours.non_terminated_nodes({}) == [alive]
+    assert list(runpod.pods) == [alive]
+
+
 def test_while_the_api_is_down_ray_is_told_what_was_known(runpod: FakeRunpod, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = provider()
     ours.create_node(NODE, WORKER, 2)

@@ -18,11 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from momalisa.checkpoint import read_all
-from momalisa.config import Settings
-from momalisa.storage import Store
 from tests.deploy.namespaces import BIN, HOME
-from tests.integration import test_elastic
 
 TOKEN = "planted-token-of-the-test-9876543210"
 LIMIT_BYTES = 100 * 1024 * 1024
@@ -176,87 +172,3 @@ def test_every_control_endpoint_wants_the_token(cluster: Cluster) -> None:
     assert "nodes seen" not in refused.stdout
     told = cluster.run(sys.executable, "-m", "deploy.submit", "collect", "--config", "configs/demo.yaml", RAY_AUTH_TOKEN="wrong")
     assert "wants another token" in told.stderr
-
-
-@pytest.fixture
-def settings(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    from momalisa.config import from_file
-
-    options = {
-        "root": tmp_path / "stopped",
-        "diffusion.model": tiny_base,
-        "train.images": 1600,
-        "train.batch": 16,
-        "train.cell": 4,
-        "train.workers": 2,
-        "train.precision": "fp32",
-        "train.learning_rate": 1e-3,
-        "train.checkpoint_every_images": 100000,
-        "train.evaluate_every_steps": 100000,
-        "wandb.mode": "disabled",
-        "train.evaluation_prompts": "[]",
-    }
-    made = from_file(str(HOME / "configs" / "demo.yaml"), [f"--{key}={value}" for key, value in options.items()])
-    test_elastic.publish(made)
-    return made
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_a_stopped_job_goes_on_from_its_very_step(cluster: Cluster, settings: Settings, tmp_path: Path) -> None:
-    """Ctrl-C leaves it running, `ray job stop` writes a checkpoint, the same command ends with the weights of one run."""
-    overrides = [
-        f"--{name}={value}"
-        for name, value in {
-            "root": settings.root,
-            "diffusion.model": settings.diffusion.model,
-            "train.images": 1600,
-            "train.batch": 16,
-            "train.cell": 4,
-            "train.workers": 2,
-            "train.precision": "fp32",
-            "train.learning_rate": 1e-3,
-            "train.checkpoint_every_images": 100000,
-            "train.evaluate_every_steps": 100000,
-            "wandb.mode": "disabled",
-            "train.evaluation_prompts": "[]",
-        }.items()
-    ]
-    command = [sys.executable, "-m", "deploy.submit", "train", "--config", "configs/demo.yaml", *overrides]
-    first = subprocess.Popen(
-        command,
-        cwd=HOME,
-        env=cluster.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    assert first.stdout is not None
-    said = ""
-    while "train 320/1600" not in said:
-        said += (line := first.stdout.readline())
-        assert line, said[-3000:]
-    os.killpg(first.pid, signal.SIGINT)
-    said += first.communicate(timeout=30)[0]
-    (name,) = re.findall(r"(train-[\d-]+) goes on without you", said)
-    began = time.monotonic()
-    stopped = cluster.run(str(BIN / "ray"), "job", "stop", name)
-    took_s = time.monotonic() - began
-    log = cluster.run(str(BIN / "ray"), "job", "logs", name).stdout
-    assert "writing a checkpoint of this step first" in log, stopped.stdout + log[-3000:]
-    (seen,) = map(int, re.findall(r"stopped, (\d+) images seen; the same command goes on", log))
-    print(f"stopped in {took_s:.1f} s at {seen} images")
-    run = next((Path(settings.root) / "checkpoints").iterdir()).name
-    assert [saved.images_seen for saved in read_all(Store(settings.root), run)] == [seen]
-    assert 320 <= seen < 1600
-
-    again = cluster.run(*command)
-    assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-2000:]
-    alone = settings.model_copy(update={"root": str(tmp_path / "alone")})
-    test_elastic.publish(alone)
-    undisturbed = cluster.run(*command[:4], *command[4:6], *[f"--root={alone.root}", *overrides[1:]])
-    assert undisturbed.returncode == 0, undisturbed.stdout[-3000:]
-    ours, theirs = (read_all(Store(place.root), run)[-1] for place in (settings, alone))
-    assert ours.files == theirs.files
-    assert ours.training["losses"] == theirs.training["losses"]
