@@ -64,6 +64,7 @@ def work(scratch, workers, rank, port):
     progress = trainer.train()
     (scratch / f"{rank}.json").write_text(json.dumps([progress.losses, sorted(seen.items())]))
     torch.distributed.destroy_process_group()
+    os._exit(0)  # before the trainer goes: the last owner of the group waits for a thread that waits for Python's lock
 
 def forked(*arguments):
     process = os.fork()
@@ -73,8 +74,7 @@ def forked(*arguments):
         work(*arguments)
     except BaseException:
         sys.excepthook(*sys.exc_info())
-        os._exit(1)
-    os._exit(0)
+    os._exit(1)
 
 for line in sys.stdin:
     scratch, workers, port = json.loads(line)
