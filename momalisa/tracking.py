@@ -108,6 +108,7 @@ class WandbRun:
             console="off",
             save_code=False,
             disable_git=True,
+            x_disable_meta=True,  # the command line may name a source with its password
             init_timeout=self._settings.wandb.connect_timeout_s,
             login_timeout=self._settings.wandb.connect_timeout_s,
             finish_timeout=FINISH_S,
