@@ -24,7 +24,6 @@ import io
 import json
 import math
 import os
-import platform
 import random
 import socket
 import sys
@@ -32,9 +31,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import results
+import sd14
 
 HERE = Path(__file__).resolve()
 SUBJECTS = ("three red circles on a blue ground", "a tree in autumn under a white sky", "a coffee", "nested squares")
@@ -388,50 +389,16 @@ def _reproducible(request: Any) -> Any:
     return replace(request, reproducible=True)
 
 
-def random_sd14(folder: Path) -> Path:
-    """Stable Diffusion 1.4 with random weights, as published but for what it has learned."""
-    import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    from momalisa.miniature import models
-
-    torch.manual_seed(0)
-    tokenizer = models.build_clip_tokenizer()
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    text = CLIPTextConfig(
-        vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, **special
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=512,
-    )
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    models.save_diffusion(folder, vae, unet, CLIPTextModel(text), tokenizer)
-    return folder
-
-
 def hardware(options: argparse.Namespace) -> str:
     import torch
 
     if options.device == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    found = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    return f"{options.threads} threads of {os.cpu_count()} x {found[0] if found else platform.machine()}"
-
-
-def record(figures: dict[str, Any]) -> None:
-    row = [datetime.now(UTC).strftime("%Y-%m-%d"), *(str(figures[key]) for key in ("claim", "ours", "peer", "ratio", "hardware"))]
-    with open(HERE.parent / "RESULTS.md", "a", encoding="utf-8") as file:
-        file.write(f"| {' | '.join(row)} |\n")
+    return f"{options.threads} threads of {os.cpu_count()} x {results.processor()}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results.parser(__doc__)
     parser.add_argument("--model", default="miniature://diffusion", help="a folder, or sd14: random weights of that size")
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of both sides")
@@ -446,16 +413,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="in process: the best counts")
     parser.add_argument("--compile", action="store_true", help="in process")
     parser.add_argument("--cache-dir", help="in process: where compiled kernels are kept")
-    parser.add_argument("--record", action="store_true", help="append a row to bench/RESULTS.md")
     options = parser.parse_args()
     from momalisa.weights import locate
 
     with tempfile.TemporaryDirectory() as folder:
-        options.folder = random_sd14(Path(folder)) if options.model == "sd14" else Path(locate(options.model))
+        options.folder = sd14.save(Path(folder)) if options.model == "sd14" else Path(locate(options.model))
         figures = in_process(options) if options.in_process else over_http(options)
-    if options.record:
-        record(figures)
-    print(json.dumps(figures))
+    results.report(figures, options.record)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import sd14
 from results import processor, report
 
 HERE = Path(__file__).resolve()
@@ -51,31 +52,6 @@ def make_pictures(folder: Path, resolution: int) -> None:
         picture.resize((resolution, resolution)).save(folder / f"moma_{number}.png")
         lines.append(json.dumps({"file_name": f"moma_{number}.png", "text": PROMPT + scene.caption}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-
-
-def make_sd14(folder: Path) -> None:
-    """A pipeline with random weights in the sizes of Stable Diffusion 1.4."""
-    import torch
-    from diffusers import AutoencoderKL
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    from momalisa.miniature import models
-    from momalisa.training.memory import SD_1_UNET, build
-
-    tokenizer = models.build_clip_tokenizer()
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=512,
-    )
-    torch.manual_seed(0)
-    encoder = CLIPTextModel(CLIPTextConfig(vocab_size=49408, max_position_embeddings=77, **text, **special))
-    models.save_diffusion(folder, vae, build(SD_1_UNET), encoder, tokenizer)
 
 
 class Marks:
@@ -237,7 +213,7 @@ def prepare(options: argparse.Namespace, scratch: Path) -> None:
     make_pictures(options.data, options.resolution)
     if options.size == "sd14":
         options.model = str(scratch / "sd14")
-        make_sd14(Path(options.model))
+        sd14.save(Path(options.model))
 
 
 Rounds = dict[str, list[dict[str, float]]]
