@@ -169,7 +169,12 @@ def ours(root: Path, options: argparse.Namespace) -> Any:
     checkpoint.write(store, entry, root / "weights")
     store.write_json(checkpoint.BEST, {"checkpoint": entry.path})
     precision = {"bfloat16": "bf16", "float32": "fp32"}[options.dtype]
-    chosen = [f"--root={store.root}", f"--serve.size_px={options.size}", f"--serve.precision={precision}", *options.serve]
+    chosen = [
+        f"--root={store.root}",
+        f"--serve.size_px={options.size}",
+        f"--serve.precision={precision}",
+        *(f"--{each}" for each in options.set),
+    ]
     return build(ServeArgs(config=str(HERE.parents[1] / "configs" / "demo.yaml"), overrides=chosen))
 
 
@@ -405,7 +410,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--plain", action="store_true", help="20 steps from text only")
     parser.add_argument("--seconds", type=float, default=30, help="of each measurement over HTTP")
-    parser.add_argument("--serve", nargs="*", default=[], help="settings of our server, such as --serve.max_rows=32")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="of ours: serve.max_rows=32"
+    )
     parser.add_argument("--in-process", action="store_true")
     parser.add_argument("--device", default="cpu", help="in process")
     parser.add_argument("--max-rows", type=int, default=32, help="in process")
