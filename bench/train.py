@@ -14,7 +14,8 @@ trains on latents that were encoded before, as the encode job does; the script e
 1.4's architecture at 512x512 with random weights. On a GPU the line has both sides' peak memory, as PyTorch's allocator saw it,
 beside what momalisa/training/memory.py computes for ours (with CUDA's context), and both sides' MFU.
 
-On a busy machine take `--threads 1`: idle threads that wait for others count as processor seconds. The last line printed is one JSON object.
+On a busy machine take `--threads 1`: idle threads that wait for others count as processor seconds. The last line printed is
+one JSON object.
 """
 
 from __future__ import annotations

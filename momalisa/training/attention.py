@@ -1,9 +1,10 @@
 """Attention on a CPU in 16 bits: products and a softmax where there are few keys, torch's fused kernel where there are many.
 
-In training, the fused kernel's backward pass (`_scaled_dot_product_flash_attention_for_cpu_backward`) works in small blocks that do
-not reach the processor's 16-bit matrix units. Written out as two batched products, forward and backward together take a sixth to a
-third of the time for 64 queries and 77 keys, a third for 256 and 77, half to nine tenths for 256 and 256 (heads of 40 and 20
-channels); with 1,024 keys the kernel is faster, for the scores no longer fit the caches, and in fp32 from 256 on.
+In training, the fused kernel's backward pass (`_scaled_dot_product_flash_attention_for_cpu_backward`) works in small blocks
+that do not reach the processor's 16-bit matrix units. Written out as two batched products, forward and backward together take
+a sixth to a third of the time for 64 queries and 77 keys, a third for 256 and 77, half to nine tenths for 256 and 256 (heads
+of 40 and 20 channels); with 1,024 keys the kernel is faster, for the scores no longer fit the caches, and in fp32 from 256
+on.
 """
 
 from __future__ import annotations

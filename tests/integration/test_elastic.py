@@ -101,7 +101,6 @@ def head() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_worker_niceness", "0")
         patch.setenv("RAY_health_check_failure_threshold", "2")
-        patch.setenv("RAY_raylet_start_wait_time_s", "120")  # a busy machine
         if ray.is_initialized():
             ray.shutdown()
         made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 100 * 2**20})
