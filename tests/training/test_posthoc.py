@@ -18,6 +18,8 @@ from momalisa.storage import Store
 from momalisa.training import posthoc
 from momalisa.training.cache import LatentCache
 from momalisa.training.loop import Events, Run, Trainer
+from momalisa.training.model import save_trained
+from momalisa.training.profile import exponent
 
 TRAIN = Train(
     images=64,
@@ -31,14 +33,18 @@ TRAIN = Train(
 )
 
 
-def trained(base: Path, root: Path, **changes: Any) -> tuple[Run, Trainer]:
+def build(base: Path, root: Path, **changes: Any) -> tuple[Run, Trainer]:
     source = torch.Generator().manual_seed(5)
     moments = torch.cat([torch.randn((6, 4, 4, 4), generator=source), torch.full((6, 4, 4, 4), -4.0)], dim=1).half()
     names = [f"work-{i}" for i in range(6)]
     cache = LatentCache(names, names, moments, torch.randint(0, 600, (6, 77), generator=source))
     train = Train(**{**TRAIN.model_dump(), **changes})
     run = Run("tiny-0", train, Diffusion(model=str(base)), cache, Store(str(root)))
-    trainer = Trainer(run, Events())
+    return run, Trainer(run, Events())
+
+
+def trained(base: Path, root: Path, **changes: Any) -> tuple[Run, Trainer]:
+    run, trainer = build(base, root, **changes)
     trainer.train()
     return run, trainer
 
@@ -47,6 +53,25 @@ def trained(base: Path, root: Path, **changes: Any) -> tuple[Run, Trainer]:
 def full(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Trainer]:
     """Eight steps, each with a checkpoint, and averages tracked to the end."""
     return trained(tiny_base, tmp_path_factory.mktemp("full"))
+
+
+def test_training_follows_the_profile_in_images(tiny_base: Path, tmp_path: Path) -> None:
+    """The weights after each step count by the profile's share of its images."""
+    run, trainer = build(tiny_base, tmp_path, checkpoint_every_images=10_000)
+    step, path = trainer.step, []
+
+    def noted() -> torch.Tensor:
+        loss = step()
+        path.append(trainer.trained["conv_out.bias"].detach().clone())
+        return loss
+
+    trainer.step = noted  # type: ignore[method-assign]
+    trainer.train()
+    for sigma_rel, average in trainer.powers.items():
+        edges = (torch.arange(len(path) + 1, dtype=torch.float64) / len(path)) ** (exponent(sigma_rel) + 1)
+        expected = (edges.diff()[:, None] * torch.stack(path)).sum(0).float()
+        torch.testing.assert_close(average.shadow["conv_out.bias"], expected, rtol=1e-5, atol=1e-7)
+    assert len(path) == run.train.images // run.train.batch
 
 
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.1])
@@ -86,8 +111,6 @@ def test_adapters_have_averages_too(tiny_base: Path, tmp_path: Path) -> None:
     ours, tracked = checkpoints.load_unet(run.store, made), trainer.snapshot()
     trainer.writer._thread.shutdown()
     written = replace(tracked.checkpoint, path="checkpoints/tracked/000000016", run="tracked")
-    from momalisa.training.model import save_trained
-
     save_trained(tmp_path / "weights", tracked.denoiser, tracked.average)
     theirs = checkpoints.load_unet(run.store, checkpoints.write(run.store, written, tmp_path / "weights"))
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
