@@ -79,6 +79,7 @@ def test_a_length_that_was_tracked_comes_back_bit_by_bit(full: tuple[Run, Traine
     run, trainer = full
     made = posthoc.make(run.store, checkpoints.read_all(run.store, run.name)[-1], sigma_rel)
     assert (made.name, made.training["average"]) == (f"tiny-0-ema{sigma_rel:.3f}@64", {"sigma_rel": sigma_rel, "distance": 0.0})
+    assert f"a power function, sigma_rel {sigma_rel:g} |" in run.store.read_bytes(f"{made.path}/README.md").decode()
     unet = checkpoints.load_unet(run.store, made)
     for name, value in unet.named_parameters():
         assert torch.equal(value, trainer.powers[sigma_rel].shadow[name]), name
