@@ -11,8 +11,11 @@ process's processor seconds; the first `--warmup` steps (loading, compiling) are
 over the rounds; `cpu_ratio` is the same ratio of processor seconds, for machines that are busy with other things too. Ours
 trains on latents that were encoded before, as the encode job does; the script encodes each picture with the VAE at every step.
 `--ladder` switches our optimisations on one after another, beside the script, in every round. `--size sd14` is Stable Diffusion
-1.4's architecture at 512x512 with random weights. On a busy machine take `--threads 1`: idle threads that wait for others count
-as processor seconds. The last line printed is one JSON object.
+1.4's architecture at 512x512 with random weights. On a GPU the line has both sides' peak memory, as PyTorch's allocator saw it,
+beside what momalisa/training/memory.py computes for ours (with CUDA's context), and both sides' MFU.
+
+On a busy machine take `--threads 1`: idle threads that wait for others count as processor seconds. The last line printed is
+one JSON object.
 """
 
 from __future__ import annotations
@@ -81,12 +84,50 @@ class Marks:
         return {"clock_s": (ended - began) / steps, "cpu_s": (after - before) / steps}
 
 
+def accelerator_memory() -> dict[str, float]:
+    """What PyTorch's allocator has held at most, in GiB: by tensors, and of the GPU. Nothing without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    kinds = {"allocated_gib": torch.cuda.max_memory_allocated(), "reserved_gib": torch.cuda.max_memory_reserved()}
+    return {name: value / 2**30 for name, value in kinds.items()}
+
+
+def computed_gib(options: argparse.Namespace) -> float:
+    """What memory.py says of our side."""
+    from momalisa.config import Diffusion, Encode, Settings
+    from momalisa.training import memory
+
+    encode = Encode(resolution_px=options.resolution)
+    settings = Settings(diffusion=Diffusion(model=options.model), encode=encode, train=train_settings(options))
+    return memory.estimate(settings).peak
+
+
 def peer(options: argparse.Namespace, arguments: list[str]) -> None:
     """The script, in a process of its own; the last line says how it went."""
     marks = Marks(options.warmup, options.steps)
     sys.argv = [str(options.script), *arguments]
     runpy.run_path(str(options.script), run_name="__main__")
-    print(json.dumps(marks.step()))
+    print(json.dumps(marks.step() | accelerator_memory()))
+
+
+def train_settings(options: argparse.Namespace) -> Any:
+    from momalisa.config import Train
+
+    return Train(
+        images=(options.warmup + options.steps) * options.batch,
+        batch=options.batch,
+        micro_batch=options.micro_batch,
+        workers=options.workers,
+        precision=options.precision,
+        compile=options.compile,
+        optimizer=options.optimizer,
+        gradient_checkpointing=options.gradient_checkpointing,
+        evaluate_every_steps=10**9,
+        evaluation_prompts=(),
+        checkpoint_every_images=10**9,
+    )
 
 
 def ours(options: argparse.Namespace) -> None:
@@ -94,7 +135,7 @@ def ours(options: argparse.Namespace) -> None:
     import torch
     from PIL import Image
 
-    from momalisa.config import Diffusion, Train
+    from momalisa.config import Diffusion
     from momalisa.latents import Autoencoder, TextEncoder, to_pixels
     from momalisa.storage import Store
     from momalisa.training.cache import LatentCache
@@ -114,23 +155,14 @@ def ours(options: argparse.Namespace) -> None:
     del autoencoder
     texts = [row["text"] for row in rows]
     tokens = TextEncoder.load(diffusion).tokenize(texts)
-    train = Train(
-        images=(options.warmup + options.steps) * options.batch,
-        batch=options.batch,
-        micro_batch=options.micro_batch,
-        workers=options.workers,
-        precision=options.precision,
-        compile=options.compile,
-        optimizer=options.optimizer,
-        gradient_checkpointing=options.gradient_checkpointing,
-        evaluate_every_steps=10**9,
-        evaluation_prompts=(),
-        checkpoint_every_images=10**9,
-    )
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()  # encoding is a job of its own
     marks = Marks(options.warmup, options.steps)
     said: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
         cache = LatentCache([row["file_name"] for row in rows], texts, moments, tokens)
+        train = train_settings(options)
         trainer = Trainer(Run("bench", train, diffusion, cache, Store(scratch)), Events(logged=said.update), options.workers)
         snapshot = trainer.snapshot
 
@@ -142,7 +174,7 @@ def ours(options: argparse.Namespace) -> None:
 
         trainer.snapshot = timed  # type: ignore[method-assign]
         trainer.train()
-    print(json.dumps(marks.step() | {key: said[key] for key in FIGURES if key in said}))
+    print(json.dumps(marks.step() | {key: said[key] for key in FIGURES if key in said} | accelerator_memory()))
 
 
 FIGURES = ("data_wait_fraction", "peak_memory_gib", "mfu", "checkpoint_stall_s")
@@ -277,8 +309,22 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "cpu_ratio": ratio(found, "ours", "peer", "cpu_s"),
         "hardware": f"{options.threads} threads of {os.cpu_count()} x {processor()}",
         **{key: round(last[key], 4) for key in FIGURES if key in last},
+        **on_accelerator(options, found),
         **({"ladder": rungs} if rungs else {}),
     }
+
+
+def on_accelerator(options: argparse.Namespace, found: Rounds) -> dict[str, Any]:
+    """Peak memory of both sides beside the computed one, and the script's MFU: the same products at its own rate."""
+    ours, theirs = found["ours"][-1], found["peer"][-1]
+    if "allocated_gib" not in ours:
+        return {}
+    memory = {
+        side: {key: round(told[key], 2) for key in told if key.endswith("ed_gib")}
+        for side, told in (("ours", ours), ("peer", theirs))
+    }
+    mfu = {"peer_mfu": round(ours["mfu"] / ratio(found, "ours", "peer", "clock_s"), 4)} if "mfu" in ours else {}
+    return {"memory": {**memory, "computed_gib": round(computed_gib(options), 2)}, **mfu}
 
 
 def scaling(options: argparse.Namespace) -> dict[str, Any]:

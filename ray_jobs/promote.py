@@ -39,6 +39,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
     began = time.monotonic()
     planned = runs.plan(settings)
+    average(settings, planned)
     found = promotion.candidates(settings, planned)
     evidence = promotion.evidence_id(settings, found)
     pointer = promotion.promoted(settings)
@@ -61,6 +62,17 @@ def run(settings: Settings) -> dict[str, Any]:
         "new": int(new),
         "seconds": time.monotonic() - began,
     }
+
+
+def average(settings: Settings, planned: Plan) -> None:
+    """With train.power_ema: make the averages of promote.ema_lengths that are not there yet."""
+    from momalisa.storage import Store
+    from momalisa.training import posthoc
+    from ray_jobs._cluster import connect
+
+    if wanted := posthoc.wanted(settings, planned.name):
+        connect()
+        _map(settings, posthoc.make, [(Store(settings.root), *one) for one in wanted])
 
 
 def decide(settings: Settings, planned: Plan) -> Decision:
@@ -159,7 +171,9 @@ def explain(settings: Settings) -> dict[str, Any]:
     from momalisa.promotion import explain as explanation
     from momalisa.training import run as runs
 
-    decision = decide(settings, runs.plan(settings))
+    planned = runs.plan(settings)
+    average(settings, planned)
+    decision = decide(settings, planned)
     print(explanation.table(settings.promote, decision), flush=True)
     return {"said": decision.reason}
 

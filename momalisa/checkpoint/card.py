@@ -50,10 +50,13 @@ def card(manifest: Mapping[str, Any], scores: Mapping[str, Any] | None = None) -
     adapted = "the UNet and the text encoder" if chosen.get("lora_text_encoder") else "the UNet"
     kind = f"LoRA adapters for {adapted}" if manifest["lora"] else "a UNet, fine-tuned whole"
     schedule = {"noise schedule": "with zero terminal SNR"} if chosen.get("zero_terminal_snr") else {}
+    made = training.get("average")
+    average = {"average of the weights": f"a power function, sigma_rel {made['sigma_rel']:g}"} if made else {}
     facts = {
         "what": kind,
         "base model": f"{base['model']} at revision {base.get('revision') or '(as it is)'}",
         **schedule,
+        **average,
         "images seen": f"{manifest['images_seen']:,}",
         "dataset version": training.get("dataset", "not recorded"),
         "encoder": training.get("encoder_id", "not recorded"),

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from momalisa.checkpoint import Checkpoint, read_all
+from momalisa.checkpoint.averages import AVERAGES
 from momalisa.storage import Store
 
 REFS = "refs"
@@ -33,11 +34,14 @@ def held(store: Store, run: str) -> set[str]:
     named = [_json(store, path) for path in store.list(REFS)]
     named += [_json(store, path) for path in store.list(LOG)[-LOG_KEPT:]]
     paths = {str(value["checkpoint"]) for value in named if isinstance(value, dict) and "checkpoint" in value}
-    losses: dict[str, float] = {}
-    for path in store.list(f"evaluations/{run}"):
-        if path.endswith("/losses.json") and isinstance(value := _json(store, path), dict) and value.get("held_out"):
-            losses[value["checkpoint"]] = sum(value["held_out"]) / len(value["held_out"])
-    return paths | ({min(losses, key=losses.__getitem__)} if losses else set())
+    measured = [_json(store, path) for path in store.list(f"evaluations/{run}") if path.endswith("/losses.json")]
+    losses = {
+        str(value["checkpoint"]): sum(value["held_out"]) / len(value["held_out"])
+        for value in measured
+        if isinstance(value, dict) and value.get("held_out")
+    }
+    own = {path: loss for path, loss in losses.items() if path.startswith(f"checkpoints/{run}/")}  # not the base's
+    return paths | ({min(own, key=own.__getitem__)} if own else set())
 
 
 def _json(store: Store, path: str) -> Any:
@@ -57,7 +61,8 @@ def forget_state(store: Store, checkpoint: Checkpoint) -> None:
 
 
 def forget(store: Store, checkpoint: Checkpoint) -> None:
-    """Delete a checkpoint. The manifest first: from then on it does not exist."""
+    """Delete a checkpoint. The manifest first: from then on it does not exist. Its averages are kept by rules of their own."""
     store.delete(f"{checkpoint.path}/manifest.json")
     for path in store.list(checkpoint.path):
-        store.delete(path)
+        if not path.startswith(f"{checkpoint.path}/{AVERAGES}/"):
+            store.delete(path)

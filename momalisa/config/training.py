@@ -8,6 +8,8 @@ from pydantic import Field, field_validator, model_validator
 
 from momalisa.config.section import EVALUATION_PROMPTS, Fraction, Positive, Section
 
+LONGEST_EMA = 0.28  # of power-function averages: just below the flattest one's 1 / sqrt(12)
+
 
 class Diffusion(Section):
     """The base model that is fine-tuned and served."""
@@ -64,6 +66,11 @@ class Train(Section):
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
     ema_offload: bool = False
     """Keep the average in the machine's memory, not the accelerator's: 3.2 GiB less for Stable Diffusion 1.x, slower steps."""
+    power_ema: bool = False
+    """Keep two power-function averages too, and a copy of them with every checkpoint, from which promote makes averages of
+    other lengths after training (Karras et al. 2024). Each is as large as the trained weights in fp32."""
+    keep_averages: Annotated[int, Field(ge=2)] = 16
+    """How many of these copies stay, evenly spread over the run: what is made of 16 is 2% off or less (docs/training.md)."""
     caption_dropout: Fraction = 0.1
     min_snr_gamma: float | None = Field(default=5.0, gt=0)
     """Weigh timesteps by min(SNR, gamma) / SNR (Hang et al. 2023); null: all alike."""
@@ -168,6 +175,8 @@ class Promote(Section):
     clip_revision: str | None = None
     reference: Literal["collection", "wing"] = "collection"
     """What generated pictures are compared with: held-out works, or further works of the miniature museum."""
+    ema_lengths: tuple[Annotated[float, Field(gt=0, le=LONGEST_EMA)], ...] = (0.03, 0.05, 0.07, 0.10, 0.15, 0.20)
+    """With `train.power_ema`: lengths of averages, as shares of the run, that are candidates beside the newest checkpoint."""
     batch: Positive = 32
     cpus_per_task: float = Field(default=1, gt=0)
     gpus_per_task: float = Field(default=0, ge=0)

@@ -20,6 +20,7 @@ from momalisa.promotion import ledger
 from momalisa.promotion.decision import Decision
 from momalisa.promotion.measure import opened, png
 from momalisa.storage import Store
+from momalisa.training import posthoc
 from momalisa.training.run import Plan
 from momalisa.weights import identity, short_id
 
@@ -31,7 +32,7 @@ class NoImprovement(ValueError):
 
 
 def candidates(settings: Settings, planned: Plan) -> list[Checkpoint]:
-    """Every checkpoint of the run that belongs to this base. Raises NoCheckpoint where there is none."""
+    """The run's checkpoints that belong to this base, then averages made of them. Raises NoCheckpoint where there is none."""
     base, found = settings.diffusion.model_dump(), []
     for checkpoint in checkpoints.read_all(Store(settings.root), planned.name):
         if checkpoint.base == base:
@@ -40,7 +41,7 @@ def candidates(settings: Settings, planned: Plan) -> list[Checkpoint]:
             print(f"promote: {checkpoint.name} belongs to another base ({checkpoint.base['model']}); passed over", flush=True)
     if not found:
         raise NoCheckpoint(f"{settings.root}/checkpoints/{planned.name} holds no checkpoint: run the train job first")
-    return found
+    return found + posthoc.chosen(settings, found[-1])
 
 
 def require(settings: Settings, decision: Decision) -> None:

@@ -46,6 +46,12 @@ class Evidence:
         return BASE if self.checkpoint is None else self.checkpoint.name
 
     @property
+    def length(self) -> float | None:
+        """sigma_rel of a power-function average that was made after training; None for what training wrote."""
+        made = self.checkpoint.training.get("average") if self.checkpoint else None
+        return float(made["sigma_rel"]) if made else None
+
+    @property
     def loss(self) -> float:
         return float(self.held_out.mean())
 
@@ -127,6 +133,11 @@ class Decision:
     def delta(self) -> Difference | None:
         return paired_difference(self.base.held_out, self.best.held_out) if self.best else None
 
+    @property
+    def curve(self) -> list[tuple[int, float]]:
+        """(images seen, held-out loss) of the base and of what training wrote."""
+        return [(seen(one), one.loss) for one in (self.base, *self.candidates) if one.length is None]
+
     def scores(self) -> dict[str, Any]:
         """The figures that `refs/best` carries."""
         assert self.best is not None
@@ -136,7 +147,8 @@ class Decision:
             "heldout_loss_base": self.base.loss,
             "heldout_loss_best": self.best.loss,
             "heldout_loss_delta_ci95": [self.delta.low, self.delta.high],
-            "heldout_curve": [[0, self.base.loss], *([seen(one), one.loss] for one in self.candidates)],
+            "heldout_curve": [list(point) for point in self.curve],
+            "ema_length": self.best.length,
             "general_change": forgotten(self.base, self.best),
             "alignment_base": _mean(self.base.alignment),
             "alignment_best": _mean(self.best.alignment),

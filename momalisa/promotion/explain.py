@@ -60,7 +60,7 @@ def table(settings: Promote, decision: Decision) -> str:
         shown.add_row(*row, style="bold" if decision.best and row[0] == decision.best.name else None)
     sink = io.StringIO()
     Console(file=sink, width=160, highlight=False).print(shown)
-    return sink.getvalue() + _votes(decision) + "\n"
+    return "\n".join([sink.getvalue() + _votes(decision), *_lengths(decision)]) + "\n"
 
 
 def _votes(decision: Decision) -> str:
@@ -69,6 +69,21 @@ def _votes(decision: Decision) -> str:
         return f"{said.count} votes"
     mean, low, high = said.over_leader
     return f"{said.count} votes; {said.strongest} over the scores' leader by {mean:+.2f} log odds ({low:+.2f} to {high:+.2f})"
+
+
+def _lengths(decision: Decision) -> list[str]:
+    """Which length of the average has the lowest held-out loss; nothing where none was tried."""
+    tried = [one for one in decision.candidates if one.length is not None]
+    if not tried:
+        return []
+    best = min(tried, key=lambda one: one.loss)
+    own = next(one for one in decision.candidates if one.length is None and seen(one) == seen(best))
+    losses = ", ".join(f"{one.length:g}: {one.loss:.5f}" for one in tried)
+    winner = "training's own" if own.loss <= best.loss else f"{best.length:g}"
+    return [
+        f"Lengths of the average at {seen(best)} images (sigma_rel: held-out loss): {losses}; training's own: {own.loss:.5f}. "
+        f"Best: {winner}"
+    ]
 
 
 def page(settings: Settings, decision: Decision, losses: Sequence[tuple[int, float]]) -> str:
@@ -82,18 +97,20 @@ def page(settings: Settings, decision: Decision, losses: Sequence[tuple[int, flo
         f"<tr{' style=font-weight:bold' if name == best else ''}>{line}</tr>"
         for line, (name, *_) in zip(lines, rows(chosen, decision), strict=True)
     )
-    plots = "<h2>Loss</h2>" + curves(losses, [(seen(one), one.loss) for one in (decision.base, *decision.candidates)])
+    plots = "<h2>Loss</h2>" + curves(losses, decision.curve)
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}body{{max-width:1300px}}</style>"
         f"<h1>{title}</h1><p class=lede>{html.escape(decision.reason)}</p>{plots}{_plots(chosen, decision)}"
-        f"<h2>The table</h2><table><tr>{head}</tr>{body}</table><p>{html.escape(_votes(decision))}</p>"
+        f"<h2>The table</h2><table><tr>{head}</tr>{body}</table>"
+        + "".join(f"<p>{html.escape(line)}</p>" for line in (_votes(decision), *_lengths(decision)))
     )
 
 
 def _plots(settings: Promote, decision: Decision) -> str:
     """The gates over images seen, each with its limit."""
-    rates = [(seen(one), rate.share) for one in decision.candidates if (rate := one.copies)]
-    general = [(seen(one), worse) for one in decision.candidates if (worse := forgotten(decision.base, one)) is not None]
+    own = [one for one in decision.candidates if one.length is None]
+    rates = [(seen(one), rate.share) for one in own if (rate := one.copies)]
+    general = [(seen(one), worse) for one in own if (worse := forgotten(decision.base, one)) is not None]
     parts = [
         ("Copies of training pictures, as a share of its pictures", rates, settings.copy_rate),
         ("General captions: loss against the base's", general, settings.general_tolerance),

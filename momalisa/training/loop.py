@@ -26,13 +26,15 @@ from momalisa.latents import Autoencoder, TextEncoder
 from momalisa.storage import Store
 from momalisa.training import optimizer as optimizers
 from momalisa.training import state as trainer_state
+from momalisa.training.attention import Attention
 from momalisa.training.batches import Batches, Pass, Texts
 from momalisa.training.cache import LatentCache
-from momalisa.training.ema import Ema
+from momalisa.training.ema import Ema, PowerEma
 from momalisa.training.metrics import Flops, Meter, known_peak
 from momalisa.training.model import Denoiser, Prior, publishable
 from momalisa.training.prior import PROMPTS
 from momalisa.training.processes import PRECISIONS, accelerator, compress
+from momalisa.training.profile import STORED
 from momalisa.training.state import Progress
 from momalisa.training.writer import Snapshot, Writer
 
@@ -84,8 +86,11 @@ class Trainer:
         schedule = Schedule.load(run.diffusion, settings.zero_terminal_snr)
         self.text_encoder = TextEncoder.load(run.diffusion, self.device)
         denoiser = Denoiser(checkpoints.load_base_unet(run.diffusion), self.text_encoder, settings)
+        if self.device.type == "cpu" and dtype is not torch.float32:
+            denoiser.unet.set_attn_processor(Attention())
         self.trained = denoiser.trained()
         self.ema = Ema(self.trained.items(), settings.ema_decay)
+        self.powers = {sigma: PowerEma(self.trained.items(), sigma) for sigma in STORED} if settings.power_ema else {}
         self.layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         denoiser.unet.train().to(memory_format=self.layout)
         optimizer = optimizers.build(settings, self.trained.values())
@@ -96,7 +101,8 @@ class Trainer:
         self.prior = Prior(denoiser, settings, dtype) if settings.prior_weight else None
         self._forward = torch.compile(self.denoiser, dynamic=False) if settings.compile else self.denoiser
         if not settings.ema_offload:
-            self.ema.to(self.device)
+            for average in (self.ema, *self.powers.values()):
+                average.to(self.device)
         self.progress = self._resume()
         if not self.progress.workers or self.progress.workers[-1][1] != self.accelerator.num_processes:
             self.progress.workers.append((self.progress.images_seen, self.accelerator.num_processes))
@@ -115,7 +121,7 @@ class Trainer:
             self.accelerator.process_index,
             self.accelerator.num_processes,
         )
-        self.writer = Writer(run.store, settings.keep_states, events.checkpointed, settings.keep_weights)
+        self.writer = Writer(run.store, settings, events.checkpointed)
         self.gradient_norm: torch.Tensor | float = 0.0
         peak = settings.peak_tflops or known_peak(self.device, settings.precision)
         self.meter = Meter(len(schedule), self.device, peak)
@@ -142,7 +148,7 @@ class Trainer:
                 except (ValueError, FileNotFoundError) as error:
                     print(f"train: {error}; going on from the checkpoint before", flush=True)
                     continue
-                return trainer_state.restore(folder, self.trained, self.ema, self._bare_optimizer)
+                return trainer_state.restore(folder, self.trained, self.ema, self._bare_optimizer, self.powers)
         return Progress()
 
     @property
@@ -258,6 +264,8 @@ class Trainer:
         self.ema.update()
         progress.images_seen += settings.batch
         progress.step += 1
+        for average in self.powers.values():
+            average.update(progress.images_seen, settings.batch)
         return total
 
     def loss(self, part: Pass) -> torch.Tensor:
@@ -294,7 +302,7 @@ class Trainer:
         """This moment, copied: what becomes a checkpoint."""
         run, progress = self.run, self.progress
         progress.ema_updates = self.ema.updates
-        state = trainer_state.tensors(self.trained, self.ema, self._bare_optimizer)
+        state = trainer_state.tensors(self.trained, self.ema, self._bare_optimizer, self.powers)
         history = {"losses": list(progress.losses), "workers": list(progress.workers), "stopped": progress.stopped}
         checkpoint = Checkpoint(
             path=f"checkpoints/{run.name}/{progress.images_seen:09d}",
@@ -306,4 +314,5 @@ class Trainer:
             training={**run.provenance, "settings": run.train.model_dump(mode="json"), **history},
         )
         average = publishable({name: state[f"ema/{name}"] for name in self.trained}, run.train)
-        return Snapshot(checkpoint, self.bare, average, state, asdict(progress))
+        powers = {sigma: {name: state[f"ema-{sigma}/{name}"] for name in self.trained} for sigma in self.powers}
+        return Snapshot(checkpoint, self.bare, average, state, asdict(progress), powers)

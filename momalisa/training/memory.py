@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from momalisa.config import Diffusion, Settings, command_line
 from momalisa.training.model import trainable
+from momalisa.training.profile import STORED
 
 GIB = 2**30
 OVERHEAD_GIB = 1.5  # CUDA's context, workspaces of cuDNN and cuBLAS, fragments
@@ -81,7 +82,7 @@ def estimate(settings: Settings) -> Memory:
         autocast=2 * every / GIB if half else 0,
         gradients=4 * taught / GIB,
         optimizer=(2 if train.optimizer == "adamw8bit" else 8) * taught / GIB,
-        average=0 if train.ema_offload else 4 * taught / GIB,
+        average=0 if train.ema_offload else 4 * taught * (1 + len(STORED) * train.power_ema) / GIB,
         prior=(2 if half else 4) * every / GIB if train.prior_weight and train.lora_rank is None else 0,
         text_encoder=4 * TEXT_ENCODER_PARAMETERS / GIB,
         activations=kept / GIB,

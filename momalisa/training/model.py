@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from momalisa import checkpoint as checkpoints
 from momalisa.checkpoint import LORA_FILE, TEXT_PREFIX
 from momalisa.config import Train
 from momalisa.latents import TextEncoder
@@ -107,6 +108,13 @@ def publishable(values: dict[str, torch.Tensor], settings: Train) -> dict[str, t
         return values
     scale = settings.lora_alpha / settings.lora_rank
     return {name: value * scale if ".lora_B." in name else value for name, value in values.items()}
+
+
+def save_trained(directory: Path, denoiser: Denoiser, values: dict[str, torch.Tensor]) -> None:
+    """Write published values in the files of a checkpoint: the whole UNet, or a LoRA file."""
+    lora = any(".lora_A." in name for name in values)
+    checkpoints.save_weights(denoiser.unet, directory, of_unet(values), lora=lora)
+    save_text_adapters(directory, denoiser.text_encoder, values)
 
 
 def of_unet(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -36,6 +36,7 @@ SHELL_SETTINGS = {
     "ema_offload",
     "peak_tflops",
     "keep_weights",
+    "keep_averages",
     "more_prompts",
     "early_stop_patience",
 }

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from momalisa.training import optimizer as optimizers
-from momalisa.training.ema import Ema
+from momalisa.training.ema import Average, Ema
 
 TENSORS = "trainer.safetensors"
 PROGRESS = "progress.json"
@@ -29,10 +31,19 @@ class Progress:
     stopped: bool = False  # early, because more training was not worth it
 
 
-def tensors(parameters: dict[str, torch.nn.Parameter], ema: Ema, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Copies on the CPU of all that training resumes from. Parameters are named; the optimizer's state follows them."""
+def tensors(
+    parameters: dict[str, torch.nn.Parameter],
+    ema: Ema,
+    optimizer: torch.optim.Optimizer,
+    powers: Mapping[float, Average] = MappingProxyType({}),
+) -> dict[str, torch.Tensor]:
+    """Copies on the CPU of all that training resumes from. Parameters are named; the optimizer's state follows them.
+
+    `powers`: further averages by their length.
+    """
     found: dict[str, torch.Tensor] = {f"model/{name}": value for name, value in parameters.items()}
     found |= {f"ema/{name}": value for name, value in ema.shadow.items()}
+    found |= {f"ema-{sigma}/{name}": value for sigma, one in powers.items() for name, value in one.shadow.items()}
     found |= {f"optimizer/{place}": value for place, value in optimizers.state(optimizer, parameters).items()}
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in found.items()}
 
@@ -45,7 +56,13 @@ def write(directory: Path, found: dict[str, torch.Tensor], progress: dict[str, A
 
 
 @torch.no_grad()
-def restore(directory: Path, parameters: dict[str, torch.nn.Parameter], ema: Ema, optimizer: torch.optim.Optimizer) -> Progress:
+def restore(
+    directory: Path,
+    parameters: dict[str, torch.nn.Parameter],
+    ema: Ema,
+    optimizer: torch.optim.Optimizer,
+    powers: Mapping[float, Average] = MappingProxyType({}),
+) -> Progress:
     """Put a saved state back. Raises ValueError where it belongs to another model."""
     found = load_file(directory / TENSORS)
     saved = {name.removeprefix("model/") for name in found if name.startswith("model/")}
@@ -54,6 +71,8 @@ def restore(directory: Path, parameters: dict[str, torch.nn.Parameter], ema: Ema
     for name, value in parameters.items():
         value.copy_(found[f"model/{name}"])
         ema.shadow[name].copy_(found[f"ema/{name}"])
+        for sigma, one in powers.items():
+            one.shadow[name].copy_(found[f"ema-{sigma}/{name}"])
     moments = {name.removeprefix("optimizer/"): value for name, value in found.items() if name.startswith("optimizer/")}
     optimizers.restore(optimizer, parameters, moments)
     progress = Progress(**json.loads((directory / PROGRESS).read_text()))

@@ -5,18 +5,19 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from momalisa import checkpoint as checkpoints
-from momalisa.checkpoint import Checkpoint
+from momalisa.checkpoint import Checkpoint, averages
 from momalisa.checkpoint.retention import retain
+from momalisa.config import Train
 from momalisa.storage import Store
 from momalisa.training import state as trainer_state
-from momalisa.training.model import Denoiser, of_unet, save_text_adapters
+from momalisa.training.model import Denoiser, save_trained
 
 
 @dataclass(frozen=True)
@@ -28,17 +29,15 @@ class Snapshot:
     average: dict[str, torch.Tensor]  # name -> EMA weight, as it is published
     state: dict[str, torch.Tensor]
     progress: dict[str, Any]
+    powers: dict[float, dict[str, torch.Tensor]] = field(default_factory=dict)  # power-function averages, by their length
 
 
 class Writer:
     """Writes snapshots one after another in a thread. One that cannot be written (a full disk) is reported and passed
     over: the checkpoints before it stand, and training goes on to the next."""
 
-    def __init__(
-        self, store: Store, keep_states: int, said: Callable[[Checkpoint], None], keep_weights: int | None = None
-    ) -> None:
-        """`keep_states`: how many of the newest checkpoints keep what training resumes from; `keep_weights`: how many stay."""
-        self.store, self.keep_states, self.keep_weights, self.said = store, keep_states, keep_weights, said
+    def __init__(self, store: Store, settings: Train, said: Callable[[Checkpoint], None]) -> None:
+        self.store, self.settings, self.said = store, settings, said
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._waiting: Future[Checkpoint] | None = None
         self.failure: Exception | None = None  # of the last snapshot, if it could not be written
@@ -74,9 +73,11 @@ class Writer:
     def _write(self, snapshot: Snapshot) -> Checkpoint:
         with tempfile.TemporaryDirectory(prefix="momalisa-") as scratch:
             weights, state = Path(scratch) / "weights", Path(scratch) / "state"
-            checkpoints.save_weights(snapshot.denoiser.unet, weights, of_unet(snapshot.average), lora=snapshot.checkpoint.lora)
-            save_text_adapters(weights, snapshot.denoiser.text_encoder, snapshot.average)
+            save_trained(weights, snapshot.denoiser, snapshot.average)
             trainer_state.write(state, snapshot.state, snapshot.progress)
+            if snapshot.powers:
+                averages.write(self.store, snapshot.checkpoint.path, snapshot.powers)
             written = checkpoints.write(self.store, snapshot.checkpoint, weights, state)
-        retain(self.store, written.run, self.keep_states, self.keep_weights)
+        retain(self.store, written.run, self.settings.keep_states, self.settings.keep_weights)
+        averages.retain(self.store, written.run, self.settings.keep_averages)
         return written

@@ -49,6 +49,9 @@ def test_the_newest_stay_and_what_is_named(store: Store) -> None:
     store.write_bytes("refs/broken", b"{")
     for images, loss in ((10, 0.1), (40, 0.5)):
         store.write_json(f"evaluations/run/{images:09d}/x/losses.json", {"checkpoint": path(images), "held_out": [loss, loss]})
+    for path_ in (None, "checkpoints/run-ema0.100/000000060"):  # of the base, and of an average: better, but not this run's
+        name = str(path_).replace("/", "-")
+        store.write_json(f"evaluations/run/{name}/x/losses.json", {"checkpoint": path_, "held_out": [0.01]})
     gone = retain(store, "run", keep_states=1, keep_weights=1)
     assert [found.images_seen for found in gone] == [40, 50]
     assert left(store) == [10, 20, 30, 60]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -9,14 +10,17 @@ import pytest
 
 from momalisa import checkpoint as checkpoints
 from momalisa import config, promotion, votes
-from momalisa.checkpoint import NoCheckpoint
+from momalisa.checkpoint import NoCheckpoint, averages
+from momalisa.checkpoint.retention import forget
 from momalisa.config import Settings
 from momalisa.promotion import NoImprovement, explain, ledger, measure
 from momalisa.promotion.decision import Decision
 from momalisa.promotion.panel import Panel
 from momalisa.storage import Store
+from momalisa.training import run as runs
 from momalisa.training.run import Plan
 from momalisa.votes import Vote
+from ray_jobs import promote as job
 from tests.promotion.conftest import Museum, evidence
 
 
@@ -215,3 +219,37 @@ def test_the_evidence_names_what_decides(museum: Museum) -> None:
     votes.cast(Store(settings.root), [Vote("run@10", "run@20")])
     assert len({first, *others, promotion.evidence_id(settings, [ten])}) == 7
     assert config.Promote(general_pictures=0).general_pictures == 0
+
+
+@pytest.mark.integration
+def test_the_length_of_the_average_is_chosen_with_the_rest(
+    museum: Museum, ray_cluster: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A newest checkpoint that is worse than the base, and kept averages that are better: one of them is the best."""
+    settings, planned = museum
+    store, train = Store(settings.root), settings.train.model_copy(update={"power_ema": True})
+    settings = changed(settings.model_copy(update={"train": train}), ema_lengths=(0.05, 0.1, 0.25))
+    ten, twenty = promotion.candidates(settings, planned)
+    good = {name: value.detach() for name, value in checkpoints.load_unet(store, ten).named_parameters()}
+    newest = replace(twenty, training={"settings": train.model_dump(mode="json"), "losses": [[20, 1.0]]})
+    store.write_json(f"{twenty.path}/manifest.json", asdict(newest))
+    averages.write(store, twenty.path, {0.05: good, 0.1: {name: value + 0.01 for name, value in good.items()}})
+    forget(store, ten)
+    monkeypatch.setattr(runs, "plan", lambda _: planned)
+    job.explain(settings)
+    said = capsys.readouterr().out
+    assert "run@20: an average of sigma_rel=0.25 made of 1 snapshots would be" in said
+    assert [one.name for one in promotion.candidates(settings, planned)] == ["run@20", "run-ema0.050@20", "run-ema0.100@20"]
+    facts = store.read_json("reports/run/promotion.json")
+    assert facts["best"] == "run-ema0.050@20"
+    lines = " ".join(said.split())
+    assert "Lengths of the average at 20 images (sigma_rel: held-out loss): 0.05: " in lines
+    assert "Best: 0.05" in lines
+    page = store.read_bytes("reports/run/promotion.html").decode()
+    assert "Lengths of the average at 20 images" in page
+    assert not store.exists("refs/best")
+    decision = decide((settings, planned))
+    said_by = promotion.publish(settings, decision, "evidence")
+    assert said_by["scores"]["ema_length"] == 0.05
+    assert [seen for seen, _ in said_by["scores"]["heldout_curve"]] == [0, 20]
+    assert checkpoints.read_best(store).training["average"]["sigma_rel"] == 0.05

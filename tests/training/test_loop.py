@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from momalisa import checkpoint as checkpoints
-from momalisa.checkpoint import Checkpoint
+from momalisa.checkpoint import Checkpoint, averages
 from momalisa.config import Diffusion, Train
 from momalisa.storage import Store
 from momalisa.training.batches import Pass
@@ -98,9 +98,9 @@ def test_what_is_heard_and_written(run: Run) -> None:
     assert any(not torch.equal(value, trainer.trained[name]) for name, value in unet.named_parameters())
 
 
-@pytest.mark.parametrize("lora_rank", [None, 2])
-def test_interrupted_and_resumed_is_uninterrupted_bit_by_bit(run: Run, tmp_path: Path, lora_rank: int | None) -> None:
-    run = changed(run, lora_rank=lora_rank)
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 2}, {"power_ema": True}], ids=str)
+def test_interrupted_and_resumed_is_uninterrupted_bit_by_bit(run: Run, tmp_path: Path, options: dict[str, Any]) -> None:
+    run = changed(run, **options)
     whole = Trainer(run, Events()).train()
 
     def killed(checkpoint: Checkpoint) -> None:
@@ -116,6 +116,9 @@ def test_interrupted_and_resumed_is_uninterrupted_bit_by_bit(run: Run, tmp_path:
     assert found.files == expected.files  # EMA weights, by hash
     assert found.state == expected.state  # weights, EMA, Adam moments, progress, losses
     assert found.training == expected.training
+    snapshots = [averages.read_all(part.store, run.name) for part in (run, again)]
+    assert snapshots[0] == snapshots[1]  # by hash
+    assert [one.images_seen for one in snapshots[0]] == ([24, 48] if run.train.power_ema else [])
 
 
 def test_a_finished_run_has_nothing_to_do(run: Run) -> None:

@@ -42,6 +42,14 @@ def test_what_makes_it_fit() -> None:
     )
 
 
+def test_averages_of_power_functions_are_two_more() -> None:
+    plain, more, away = (
+        memory.estimate(settings("sd14-24gb.yaml", *(f"--train.{option}=true" for option in options))).average
+        for options in ((), ("power_ema",), ("power_ema", "ema_offload"))
+    )
+    assert (more, away) == (pytest.approx(3 * plain), 0)
+
+
 def test_gradients_that_workers_exchange() -> None:
     full = memory.gradient_bytes(settings("sd14-24gb.yaml"))
     assert full == 4 * 859_520_964

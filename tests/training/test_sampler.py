@@ -72,3 +72,5 @@ def test_order_and_mixture_change_with_epoch_and_seed() -> None:
     epochs = [Cells(seed, buckets, 4).run(first, 20) for seed, first in ((0, 0), (0, 20), (1, 0))]
     assert len({tuple(sample for cell in cells for _, sample in cell.samples) for cells in epochs}) == 3
     assert len({tuple(cell.bucket for cell in cells) for cells in epochs}) == 3
+    together = {frozenset(frozenset(index for _, index in cell.samples) for cell in cells) for cells in epochs}
+    assert len(together) == 3  # who shares a cell changes too, not only the order of cells
