@@ -410,9 +410,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--plain", action="store_true", help="20 steps from text only")
     parser.add_argument("--seconds", type=float, default=30, help="of each measurement over HTTP")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="of ours: serve.max_rows=32"
-    )
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="of ours: serve.max_rows=32")
     parser.add_argument("--in-process", action="store_true")
     parser.add_argument("--device", default="cpu", help="in process")
     parser.add_argument("--max-rows", type=int, default=32, help="in process")

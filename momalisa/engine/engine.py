@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from PIL import Image
 
+from momalisa import attention
 from momalisa.config import Diffusion
 from momalisa.diffusion import ZERO_TERMINAL_SNR
 from momalisa.engine.adapters import MAX_ADAPTERS, Adapted, Adapters
@@ -333,4 +334,5 @@ class Engine:
 def _placed(unet: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """The UNet where and as it is used: channels_last is what a GPU's convolutions want."""
     unet = torch.nn.Module.to(unet, device, None if dtype == torch.float32 else dtype)
+    attention.choose(unet, device, dtype)
     return unet.to(memory_format=torch.channels_last) if device.type == "cuda" else unet

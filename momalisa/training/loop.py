@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from momalisa import attention
 from momalisa import checkpoint as checkpoints
 from momalisa.checkpoint import Checkpoint
 from momalisa.config import Diffusion, Train
@@ -26,7 +27,6 @@ from momalisa.latents import Autoencoder, TextEncoder
 from momalisa.storage import Store
 from momalisa.training import optimizer as optimizers
 from momalisa.training import state as trainer_state
-from momalisa.training.attention import Attention
 from momalisa.training.batches import Batches, Pass, Texts
 from momalisa.training.cache import LatentCache
 from momalisa.training.ema import Ema, PowerEma
@@ -86,8 +86,7 @@ class Trainer:
         schedule = Schedule.load(run.diffusion, settings.zero_terminal_snr)
         self.text_encoder = TextEncoder.load(run.diffusion, self.device)
         denoiser = Denoiser(checkpoints.load_base_unet(run.diffusion), self.text_encoder, settings)
-        if self.device.type == "cpu" and dtype is not torch.float32:
-            denoiser.unet.set_attn_processor(Attention())
+        attention.choose(denoiser.unet, self.device, dtype)
         self.trained = denoiser.trained()
         self.ema = Ema(self.trained.items(), settings.ema_decay)
         self.powers = {sigma: PowerEma(self.trained.items(), sigma) for sigma in STORED} if settings.power_ema else {}

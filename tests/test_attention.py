@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention as Layer
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from momalisa.training.attention import MOST_KEYS, Attention
+from momalisa.attention import MOST_KEYS, Attention, choose
 
 
 def layer() -> Layer:
@@ -43,3 +44,17 @@ def test_many_keys_are_left_to_the_fused_kernel(keys: int, fused: bool, monkeypa
     )
     made(torch.randn(1, 8, 32), torch.randn(1, keys, 16))
     assert bool(called) is fused
+
+
+@pytest.mark.parametrize(("precision", "chosen"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_it_is_chosen_for_16_bits_on_a_cpu(precision: torch.dtype, chosen: bool) -> None:
+    unet = UNet2DConditionModel(
+        block_out_channels=(8, 8),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=8,
+    )
+    choose(unet, torch.device("cpu"), precision)
+    assert all(isinstance(one, Attention) is chosen for one in unet.attn_processors.values())
