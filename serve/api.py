@@ -29,7 +29,7 @@ from serve.jobs import Jobs
 from serve.log import RequestLog
 from serve.meters import HttpMeters, gathered
 from serve.stream import ClientLeft, EventStream, unless_left
-from serve.work import Backend, Busy, Commission, Event, Failed, State, Unavailable
+from serve.task import Backend, Event, Failed, GenerationTask, Rejected, State, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Service:
         request.state.caller = caller.id if self.limits.keys else ""
         return caller
 
-    async def commission(self, request: Request, edit: bool = False) -> tuple[Commission, wire.ImagesRequest]:
+    async def task(self, request: Request, edit: bool = False) -> tuple[GenerationTask, wire.ImagesRequest]:
         """What is asked for, by somebody who may. Raises ApiError."""
         caller = self.caller(request, "edit" if edit else "generate")
         asked, image, mask = await (self._edit(request) if edit else self._generation(request))
@@ -73,7 +73,7 @@ class Service:
                 self.meters.refused_prompts.inc()
                 raise answers.filtered(reason, "prompt")
         who = {"key": caller.id, "kiosk": caller.kiosk, "trace": request.query_params.get("debug") == "trace"}
-        return wire.commission(asked, self.limits, image, mask, **who), asked
+        return wire.generation_task(asked, self.limits, image, mask, **who), asked
 
     async def _generation(self, request: Request) -> tuple[wire.ImagesRequest, None, None]:
         return wire.parse(wire.from_json(await read_body(request, wire.MAX_BODY_BYTES)), self.limits), None, None
@@ -91,20 +91,20 @@ class Service:
         return asked, image, mask
 
     async def images(self, request: Request, edit: bool) -> Response:
-        commission, asked = await self.commission(request, edit)
+        task, asked = await self.task(request, edit)
         if asked.stream:
-            return await self._stream(commission)
-        pictures, painted = await unless_left(request, answers.collect(self.backend, commission))
-        return JSONResponse(answers.body(commission, pictures, painted, as_url=asked.response_format == "url"))
+            return await self._stream(task)
+        pictures, completed = await unless_left(request, answers.collect(self.backend, task))
+        return JSONResponse(answers.body(task, pictures, completed, as_url=asked.response_format == "url"))
 
-    async def _stream(self, commission: Commission) -> Response:
+    async def _stream(self, task: GenerationTask) -> Response:
         """The first event decides: nothing can become a 429 once a stream has begun."""
-        events = self.backend.paint(commission)
+        events = self.backend.generate(task)
         first = await anext(events, Failed("the generator was lost while it painted; try again", retry=True))
-        if isinstance(first, Busy | Failed):
+        if isinstance(first, Rejected | Failed):
             await events.aclose()
             raise answers.failure(first)
-        return EventStream(_streamed(_with(first, events), commission), self.limits.stall_s)
+        return EventStream(_streamed(_with(first, events), task), self.limits.stall_s)
 
     async def state(self) -> State:
         try:
@@ -120,9 +120,9 @@ async def _with(first: Event, events: AsyncGenerator[Event, None]) -> AsyncGener
             yield event
 
 
-async def _streamed(events: AsyncGenerator[Event, None], commission: Commission) -> AsyncGenerator[bytes, None]:
+async def _streamed(events: AsyncGenerator[Event, None], task: GenerationTask) -> AsyncGenerator[bytes, None]:
     async with aclosing(events):
-        async for text in answers.stream(events, commission):
+        async for text in answers.stream(events, task):
             yield text
 
 
@@ -142,13 +142,13 @@ def create_app(backend: Backend, limits: config.Serve) -> FastAPI:
     app.add_middleware(RequestLog, meters=service.meters)
     for kind, handler in ((ApiError, _api_error), (HTTPException, _http_error), (ClientLeft, _left), (Exception, _server_error)):
         app.add_exception_handler(kind, handler)
-    _paint_routes(app, service)
+    _image_routes(app, service)
     _job_routes(app, service)
     _other_routes(app, service)
     return app
 
 
-def _paint_routes(app: FastAPI, service: Service) -> None:
+def _image_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/images/generations")
     async def generations(request: Request) -> Response:
         return await service.images(request, edit=False)
@@ -162,8 +162,8 @@ def _job_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/jobs")
     async def start(request: Request) -> Response:
         edit = request.headers.get("Content-Type", "").lower().startswith("multipart/")
-        commission, _ = await service.commission(request, edit)
-        job = await service.jobs.start(commission)
+        task, _ = await service.task(request, edit)
+        job = await service.jobs.start(task)
         return JSONResponse(job.body(), 202, {"Location": f"/v1/jobs/{job.id}"})
 
     @app.get("/v1/jobs/{id_}")
@@ -179,7 +179,7 @@ def _job_routes(app: FastAPI, service: Service) -> None:
     @app.get("/v1/jobs/{id_}/events")
     async def events(request: Request, id_: str) -> Response:
         job = service.jobs.get(id_, service.caller(request, "generate").id)
-        return EventStream(_streamed(job.follow(), job.commission), service.limits.stall_s)
+        return EventStream(_streamed(job.follow(), job.task), service.limits.stall_s)
 
 
 def _other_routes(app: FastAPI, service: Service) -> None:

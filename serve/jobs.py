@@ -1,4 +1,4 @@
-"""Commissions that outlive a connection: asked for, looked after and fetched later, for proxies that cut long requests.
+"""Tasks that outlive a connection: asked for, looked after and fetched later, for proxies that cut long requests.
 
 They are kept in the memory of the HTTP layer (run one of it), at most `max_jobs`, and forgotten `keep_s` after their end.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 from serve import answers
 from serve.errors import ApiError
-from serve.work import Backend, Busy, Commission, Event, Failed, Outcome, Painted, Picture, Progress, Waiting
+from serve.task import Backend, Completed, Event, Failed, GenerationTask, Outcome, Picture, Progress, Rejected, Waiting
 
 CANCELLED = Failed("the job was cancelled")
 
@@ -26,13 +26,13 @@ class Job:
 
     id: str
     owner: str
-    commission: Commission
+    task: GenerationTask
     created: int
     events: dict[tuple[str, int], tuple[int, Event]] = field(default_factory=dict)
     outcome: Outcome | None = None
     ended_at: float = 0.0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    task: asyncio.Task[None] | None = None
+    runner: asyncio.Task[None] | None = None
     _count: int = 0
 
     def put(self, event: Event) -> None:
@@ -48,7 +48,7 @@ class Job:
         if self.outcome is None:
             waiting = self.newest(Waiting)
             return "queued" if waiting and waiting.position > 0 else "running"
-        if isinstance(self.outcome, Painted):
+        if isinstance(self.outcome, Completed):
             return "completed"
         return "cancelled" if self.outcome is CANCELLED else "failed"
 
@@ -62,14 +62,14 @@ class Job:
         waiting = self.newest(Waiting)
         if self.outcome is None and waiting is not None:
             shown |= {"position": waiting.position, "eta_s": waiting.eta_s}
-        if isinstance(self.outcome, Painted):
+        if isinstance(self.outcome, Completed):
             pictures = [event for _, event in self.events.values() if isinstance(event, Picture)]
             pictures.sort(key=lambda picture: picture.index)
             try:
-                shown["result"] = answers.body(self.commission, pictures, self.outcome)
+                shown["result"] = answers.body(self.task, pictures, self.outcome)
             except ApiError as error:
                 shown |= {"status": "failed", **error.body()}
-        elif isinstance(self.outcome, Busy | Failed) and self.outcome is not CANCELLED:
+        elif isinstance(self.outcome, Rejected | Failed) and self.outcome is not CANCELLED:
             shown |= answers.failure(self.outcome).body()
         return shown
 
@@ -97,21 +97,21 @@ class Jobs:
     def __len__(self) -> int:
         return len(self._jobs)
 
-    async def start(self, commission: Commission) -> Job:
+    async def start(self, task: GenerationTask) -> Job:
         """A job that is in line. Raises ApiError (429) where there is no room for it."""
         self._forget()
         if len(self._jobs) >= self._max_jobs:
-            raise answers.failure(Busy(30, f"{self._max_jobs} jobs are kept already; fetch or delete one"))
-        job = Job(f"job_{uuid.uuid4().hex}", commission.key, commission, int(time.time()))
+            raise answers.failure(Rejected(30, f"{self._max_jobs} jobs are kept already; fetch or delete one"))
+        job = Job(f"job_{uuid.uuid4().hex}", task.key, task, int(time.time()))
         self._jobs[job.id] = job
         accepted = job.changed
-        job.task = asyncio.create_task(self._work(job))
+        job.runner = asyncio.create_task(self._work(job))
         try:
             await accepted.wait()
         except asyncio.CancelledError:
             self.cancel(job)
             raise
-        if isinstance(job.outcome, Busy):
+        if isinstance(job.outcome, Rejected):
             del self._jobs[job.id]
             raise answers.failure(job.outcome)
         return job
@@ -129,12 +129,12 @@ class Jobs:
         """Give its rows back; one that has ended stays as it is."""
         if job.outcome is None:
             self._end(job, CANCELLED)
-            assert job.task is not None
-            job.task.cancel()
+            assert job.runner is not None
+            job.runner.cancel()
 
     async def _work(self, job: Job) -> None:
         try:
-            async with aclosing(self._backend.paint(job.commission)) as events:
+            async with aclosing(self._backend.generate(job.task)) as events:
                 async for event in events:
                     if (outcome := answers.outcome_of(event)) is not None:
                         self._end(job, outcome)

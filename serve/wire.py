@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from momalisa import config
 from serve.errors import ApiError
-from serve.work import Commission, Sampler
+from serve.task import GenerationTask, Sampler
 
 MAX_BODY_BYTES = 1_000_000
 MAX_SEED = 2**53 - 1  # the largest whole number that JavaScript keeps exact
@@ -165,9 +165,9 @@ def revised(prompt: str, prefix: str) -> str:
     return text if text.lower().startswith(prefix.strip().lower()) else prefix + text
 
 
-def commission(
+def generation_task(
     request: ImagesRequest, limits: config.Serve, image: bytes | None = None, mask: bytes | None = None, **more: Any
-) -> Commission:
+) -> GenerationTask:
     """A valid request with every default filled in; without a seed, a random one. `more`: key, kiosk, trace.
 
     Raises ApiError for a strength that leaves nothing to do.
@@ -177,7 +177,7 @@ def commission(
     strength = (request.strength if isinstance(request, EditsRequest) else None) or (0.8 if mask is None else 1.0)
     if image is not None and int(steps * strength) < 1:
         raise wrong("strength", strength, limits)
-    return Commission(
+    return GenerationTask(
         prompt=revised(request.prompt, limits.prompt_prefix),
         seeds=tuple(first + index for index in range(request.n or 1)),
         steps=steps,

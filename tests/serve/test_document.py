@@ -17,7 +17,7 @@ from schemathesis.specs.openapi import checks
 
 from serve import keys
 from serve.api import create_app
-from serve.work import Commission, Event, Painted, Picture, Progress, Waiting
+from serve.task import Completed, Event, GenerationTask, Picture, Progress, Waiting
 from tests.serve.conftest import LIMITS
 from tests.serve.test_api import FakeBackend
 
@@ -32,14 +32,14 @@ CHECKS = [
 class Whole(FakeBackend):
     """Says everything that a generator can say."""
 
-    async def paint(self, commission: Commission) -> AsyncGenerator[Event, None]:
+    async def generate(self, task: GenerationTask) -> AsyncGenerator[Event, None]:
         sink = io.BytesIO()
         Image.new("RGB", (8, 8), "red").save(sink, "PNG")
         yield Waiting(1, 0.5)
-        for index in range(len(commission.seeds)):
+        for index in range(len(task.seeds)):
             yield Progress(index, 1, 2, sink.getvalue())
             yield Picture(index, sink.getvalue(), "fake-1")
-        yield Painted("fake-1", ({"rows": 1},) if commission.trace else ())
+        yield Completed("fake-1", ({"rows": 1},) if task.trace else ())
 
 
 SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", create_app(Whole(), LIMITS))

@@ -1,4 +1,4 @@
-"""What passes between the HTTP layer and a generator: a commission one way, events the other way.
+"""What passes between the HTTP layer and a generator: a task one way, events the other way.
 
 Plain data, so that the HTTP layer needs no torch and its tests need no Ray.
 """
@@ -13,7 +13,7 @@ Sampler = Literal["ddim", "euler", "dpmpp_2m", "dpmpp_2m_karras", "unipc"]  # as
 
 
 @dataclass(frozen=True)
-class Commission:
+class GenerationTask:
     """A visitor's order: one picture for each seed."""
 
     prompt: str  # complete, with the prefix
@@ -42,7 +42,7 @@ class Commission:
 
 @dataclass(frozen=True)
 class Waiting:
-    """In line: `position` commissions go first; finished in about `eta_s` seconds."""
+    """In line: `position` tasks go first; finished in about `eta_s` seconds."""
 
     position: int
     eta_s: float
@@ -69,15 +69,15 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Painted:
-    """Every picture has come. `ticks`: what the commission went through, where a trace was asked for."""
+class Completed:
+    """Every picture has come. `ticks`: what the task went through, where a trace was asked for."""
 
     checkpoint: str
     ticks: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
-class Busy:
+class Rejected:
     """Not accepted: the line is full; a place is likely free after this long."""
 
     retry_after_s: int
@@ -94,7 +94,7 @@ class Failed:
     wrong: bool = False  # the request cannot be, as only the engine could tell
 
 
-Outcome = Painted | Busy | Failed
+Outcome = Completed | Rejected | Failed
 Event = Waiting | Progress | Picture | Outcome
 
 
@@ -111,8 +111,8 @@ class State:
 class Backend(Protocol):
     """What the HTTP layer needs: a generator in this process, or a handle to replicas elsewhere."""
 
-    def paint(self, commission: Commission) -> AsyncGenerator[Event, None]:
-        """Events; the last is an Outcome, Busy comes first or never. Closing it frees the rows. Does not raise."""
+    def generate(self, task: GenerationTask) -> AsyncGenerator[Event, None]:
+        """Events; the last is an Outcome, Rejected comes first or never. Closing it frees the rows. Does not raise."""
 
     async def state(self) -> State:
         """From a live generator. Raises Unavailable."""
