@@ -14,6 +14,7 @@ from serve.meters import Meters
 from serve.pace import Pace
 from serve.sample import ActiveTask, Sample, samples_of
 from serve.task import Rejected, Waiting
+from serve.turns import Turns
 
 
 class Admission:
@@ -21,7 +22,7 @@ class Admission:
 
     def __init__(self, limits: Serve, meters: Meters) -> None:
         self._meters = meters
-        self.pace = Pace()
+        self.pace, self._turns = Pace(), Turns()
         self._queue: FairQueue[Sample] = FairQueue(limits.max_waiting_rows, limits.max_waiting_rows_per_key)
         self._requeued: deque[Sample] = deque()  # taken from a checkpoint that failed: they go first
 
@@ -38,21 +39,25 @@ class Admission:
         """Its samples wait from now on, or the task is told when to come back."""
         task = active.task
         excess = self._queue.excess(task.key, task.rows * len(task.seeds), task.kiosk)
-        if excess > 0:
-            self._meters.refused.labels("line_full").inc()
-            mean_steps = self._queue.row_steps / max(1, self._queue.rows)
-            return Rejected(self.pace.retry_after_s(excess * mean_steps), f"{len(self)} pictures are waiting already")
         active.samples = samples_of(active)
+        if excess > 0:
+            mean_steps = self._queue.row_steps / max(1, self._queue.rows)
+            room_in_s = self.pace.eta_s(excess * mean_steps)
+            return self._refuse(active, "line_full", room_in_s, f"{len(self)} pictures are waiting already")
         for sample in active.samples:
             self._queue.add(sample)
         place = self.places((), at_work)[active]
         if place.eta_s > task.deadline_s:
-            self.remove(active)
-            active.samples = []
-            self._meters.refused.labels("deadline").inc()
-            wait = self.pace.retry_after_s((place.eta_s - task.deadline_s) / self.pace.row_step_s)
-            return Rejected(wait, f"it would take about {place.eta_s:.0f} s, and deadline_s is {task.deadline_s:.0f}")
+            message = f"it would take about {place.eta_s:.0f} s, and deadline_s is {task.deadline_s:.0f}"
+            return self._refuse(active, "deadline", place.eta_s - task.deadline_s, message)
         return place
+
+    def _refuse(self, active: ActiveTask, reason: str, room_in_s: float, message: str) -> Rejected:
+        self._meters.refused.labels(reason).inc()
+        self.remove(active)
+        work_s = self.pace.eta_s(sum(sample.row_steps for sample in active.samples))
+        active.samples = []
+        return Rejected(self._turns.take(active.entered_at, room_in_s, work_s), message)
 
     def next(self, free_rows: int) -> Sample | None:
         """Who is to be drawn now."""
