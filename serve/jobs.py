@@ -1,11 +1,13 @@
 """Tasks that outlive a connection: asked for, looked after and fetched later, for proxies that cut long requests.
 
-They are kept in the memory of the HTTP layer (run one of it), at most `max_jobs`, and forgotten `keep_s` after their end.
+They are kept in the memory of the HTTP layer (run one of it): at most `max_jobs`, finished ones of at most `max_bytes` together
+and for at most `keep_s`. Where there is no room, those that finished first go first; who asks for one that is gone is told so.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
@@ -16,8 +18,10 @@ from typing import Any
 from serve import answers
 from serve.errors import ApiError
 from serve.task import Backend, Completed, Event, Failed, GenerationTask, Outcome, Picture, Progress, Rejected, Waiting
+from serve.turns import MAX_S
 
 CANCELLED = Failed("the job was cancelled")
+MAX_GONE = 10_000  # ids that are remembered of jobs that are not
 
 
 @dataclass(eq=False)
@@ -42,6 +46,12 @@ class Job:
         self.events[kind] = (self._count, event)
         self.changed.set()
         self.changed = asyncio.Event()
+
+    @property
+    def bytes(self) -> int:
+        """What it keeps: its pictures, and those that were sent."""
+        made = sum(len(event.png or b"") for _, event in self.events.values() if isinstance(event, Picture))
+        return made + len(self.task.image or b"") + len(self.task.mask or b"")
 
     @property
     def status(self) -> str:
@@ -90,18 +100,26 @@ class Job:
 class Jobs:
     """Every job of one HTTP process."""
 
-    def __init__(self, backend: Backend, max_jobs: int, keep_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._backend, self._max_jobs, self._keep_s, self._clock = backend, max_jobs, keep_s, clock
+    def __init__(
+        self, backend: Backend, max_jobs: int, max_bytes: int, keep_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._backend, self._clock = backend, clock
+        self._max_jobs, self._max_bytes, self._keep_s = max_jobs, max_bytes, keep_s
         self._jobs: dict[str, Job] = {}
+        self._finished: dict[str, Job] = {}  # of these, in the order of their ends
+        self._finished_bytes = 0
+        self._gone: dict[str, str] = {}  # id -> owner, of the newest that were forgotten
 
     def __len__(self) -> int:
         return len(self._jobs)
 
     async def start(self, task: GenerationTask) -> Job:
         """A job that is in line. Raises ApiError (429) where there is no room for it."""
-        self._forget()
+        self._forget(self._max_jobs - 1)
         if len(self._jobs) >= self._max_jobs:
-            raise answers.failure(Rejected(30, f"{self._max_jobs} jobs are kept already; fetch or delete one"))
+            soonest_s = min(place.eta_s if (place := job.newest(Waiting)) else 1.0 for job in self._jobs.values())
+            wait_s = max(1, min(MAX_S, math.ceil(soonest_s)))
+            raise answers.failure(Rejected(wait_s, f"{self._max_jobs} jobs are under way already"))
         job = Job(f"job_{uuid.uuid4().hex}", task.key, task, int(time.time()))
         self._jobs[job.id] = job
         accepted = job.changed
@@ -112,18 +130,19 @@ class Jobs:
             self.cancel(job)
             raise
         if isinstance(job.outcome, Rejected):
-            del self._jobs[job.id]
             raise answers.failure(job.outcome)
         return job
 
     def get(self, id_: str, owner: str) -> Job:
-        """Raises ApiError (404) for a job that is not there, or is somebody else's."""
-        self._forget()
+        """Raises ApiError: 404 for a job that is not there, or is somebody else's, and 410 for one that is kept no longer."""
+        self._forget(self._max_jobs)
         job = self._jobs.get(id_)
-        if job is None or job.owner != owner:
-            message = f"there is no job {id_[:60]!r} of yours; finished ones are kept for {self._keep_s:.0f} s"
-            raise ApiError(404, message, code="job_not_found")
-        return job
+        if job is not None and job.owner == owner:
+            return job
+        if self._gone.get(id_) == owner:
+            message = f"this job has ended and is kept no longer: {self._keep_s:.0f} s at most, less when there are many"
+            raise ApiError(410, message, code="job_gone")
+        raise ApiError(404, f"there is no job {id_[:60]!r} of yours", code="job_not_found")
 
     def cancel(self, job: Job) -> None:
         """Give its rows back; one that has ended stays as it is."""
@@ -151,9 +170,26 @@ class Jobs:
         for kind in [kind for kind, (_, event) in job.events.items() if isinstance(event, Progress | Waiting)]:
             del job.events[kind]
         job.put(outcome)
+        if isinstance(outcome, Rejected):
+            del self._jobs[job.id]
+            return
+        self._finished[job.id] = job
+        self._finished_bytes += job.bytes
+        self._forget(self._max_jobs)
 
-    def _forget(self) -> None:
-        now = self._clock()
-        old = [job.id for job in self._jobs.values() if job.outcome is not None and now > job.ended_at + self._keep_s]
-        for id_ in old:
-            del self._jobs[id_]
+    def _forget(self, most: int) -> None:
+        """Those that are too old, and as many of the others as leave `most` jobs and few enough bytes; none under way."""
+        oldest_first, now = list(self._finished.values()), self._clock()
+        for job in oldest_first:
+            crowded = len(self._jobs) > most or self._finished_bytes > self._max_bytes
+            if not crowded and now <= job.ended_at + self._keep_s:
+                break
+            self._drop(job)
+            self._gone[job.id] = job.owner
+        while len(self._gone) > MAX_GONE:
+            del self._gone[next(iter(self._gone))]
+
+    def _drop(self, job: Job) -> None:
+        del self._jobs[job.id]
+        if self._finished.pop(job.id, None) is not None:
+            self._finished_bytes -= job.bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -92,16 +93,16 @@ async def test_a_full_line_and_a_full_store_refuse_jobs() -> None:
         answer = await client.post("/v1/jobs", json={"prompt": "x"})
         assert (answer.status_code, answer.headers["Retry-After"]) == (429, "7")
     backend = Slow()
-    jobs = Jobs(backend, 2, 60)
+    jobs = Jobs(backend, 2, 10**6, 60)
     for _ in range(2):
         await jobs.start(TASK)
-    with pytest.raises(ApiError, match="2 jobs are kept already"):
+    with pytest.raises(ApiError, match="2 jobs are under way already; try again in 8 s"):
         await jobs.start(TASK)
 
 
 async def test_jobs_are_forgotten_and_are_their_owners() -> None:
     now = 0.0
-    jobs = Jobs(Slow(Failed("no")), 2, 60, lambda: now)
+    jobs = Jobs(Slow(Failed("no")), 2, 10**6, 60, lambda: now)
     job = await jobs.start(TASK)
     with pytest.raises(ApiError):
         jobs.get(job.id, "somebody else")
@@ -111,9 +112,42 @@ async def test_jobs_are_forgotten_and_are_their_owners() -> None:
     now = 59.0
     assert jobs.get(job.id, "me").body()["error"]["code"] == "generation_failed"
     now = 61.0
-    with pytest.raises(ApiError, match="there is no job"):
+    with pytest.raises(ApiError, match="is kept no longer") as caught:
         jobs.get(job.id, "me")
+    assert caught.value.status == 410
+    with pytest.raises(ApiError, match="there is no job"):
+        jobs.get(job.id, "somebody else")
     assert len(jobs) == 0
+
+
+class Quick(Slow):
+    """Pictures of 100 bytes at once, or, for steps above 1, never."""
+
+    async def generate(self, task: GenerationTask) -> AsyncGenerator[Event, None]:
+        yield Waiting(0, 1.0)
+        if task.steps > 1:
+            await asyncio.Event().wait()
+        yield Picture(0, b"x" * 100, "fake-1")
+        yield Completed("fake-1")
+
+
+@pytest.mark.parametrize(("max_jobs", "max_bytes"), [(4, 10**6), (10, 350)])
+async def test_the_oldest_finished_jobs_go_first_and_none_that_is_under_way(max_jobs: int, max_bytes: int) -> None:
+    jobs = Jobs(Quick(), max_jobs, max_bytes, 60)
+    waiting = await jobs.start(replace(TASK, steps=2))
+    made = []
+    for _ in range(8):
+        made.append(await jobs.start(TASK))
+        assert made[-1].runner is not None
+        await made[-1].runner
+    assert waiting.status == jobs.get(waiting.id, "me").status == "running"
+    assert [jobs.get(job.id, "me").status for job in made[5:]] == ["completed"] * 3
+    assert len(jobs) == 4
+    for job in made[:5]:
+        with pytest.raises(ApiError) as caught:
+            jobs.get(job.id, "me")
+        assert (caught.value.status, caught.value.code) == (410, "job_gone")
+    jobs.cancel(waiting)
 
 
 async def test_a_stream_has_openais_events_and_tells_the_place_in_comments() -> None:
