@@ -1,13 +1,15 @@
 """The HTTP layer: OpenAI's images API, jobs, health, metrics, and the visitors' page. Knows nothing of Ray or torch.
 
-POST /v1/images/generations   POST /v1/images/edits   GET /v1/models   /v1/jobs   GET /healthz /metrics /openapi.json /
+POST /v1/images/generations /v1/images/edits /v1/comparisons   /v1/jobs   GET /v1/models /healthz /metrics /openapi.json /
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,12 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from momalisa import config
-from serve import answers, checks, uploads, wire
+from serve import answers, bodies, checks, comparisons, uploads, wire
 from serve.access import Access, Caller
+from serve.comparisons import Comparisons
 from serve.document import document
 from serve.errors import ApiError
 from serve.jobs import Jobs
@@ -33,6 +35,7 @@ from serve.task import Backend, Event, Failed, GenerationTask, Rejected, State, 
 
 logger = logging.getLogger(__name__)
 
+DECODERS = 2  # pictures that are decoded at once: each takes some 100 MB at the largest size that is allowed
 WEB = Path(__file__).parent / "web"
 PAGE_FILES = {"/": "index.html", "/style.css": "style.css", "/page.js": "page.js"}
 HEADERS = {
@@ -54,7 +57,9 @@ class Service:
     def __init__(self, backend: Backend, limits: config.Serve) -> None:
         self.backend, self.limits = backend, limits
         self.access, self.check = Access(limits.keys), checks.prompt_check(limits)
-        self.jobs = Jobs(backend, limits.max_jobs, limits.job_keep_s)
+        self.jobs = Jobs(backend, limits.max_jobs, limits.max_jobs_bytes, limits.job_keep_s)
+        self.comparisons = Comparisons(backend, limits.max_jobs, limits.job_keep_s, limits.votes_per_minute)
+        self.uploads, self._decoding = bodies.UploadMemory(limits.upload_memory_bytes), asyncio.Semaphore(DECODERS)
         self.meters = HttpMeters()
 
     def caller(self, request: Request, scope: str) -> Caller:
@@ -68,26 +73,43 @@ class Service:
         """What is asked for, by somebody who may. Raises ApiError."""
         caller = self.caller(request, "edit" if edit else "generate")
         asked, image, mask = await (self._edit(request) if edit else self._generation(request))
+        return self._accepted(request, caller, asked, image, mask), asked
+
+    async def comparison(self, request: Request) -> GenerationTask:
+        """One picture by each of two checkpoints. Raises ApiError."""
+        caller = self.caller(request, "vote")
+        fields = wire.from_json(await bodies.read(request, wire.MAX_BODY_BYTES))
+        asked = wire.parse({name: value for name, value in fields.items() if name not in wire.NOT_COMPARED}, self.limits)
+        task = self._accepted(request, caller, asked)
+        if not (await self.state()).challenger:
+            raise comparisons.nothing()
+        return replace(task, seeds=task.seeds * 2, compare=True)
+
+    def _accepted(
+        self, request: Request, caller: Caller, asked: wire.ImagesRequest, image: bytes | None = None, mask: bytes | None = None
+    ) -> GenerationTask:
         for text in (asked.prompt, asked.negative_prompt or ""):
             if reason := self.check(text):
                 self.meters.refused_prompts.inc()
                 raise answers.filtered(reason, "prompt")
         who = {"key": caller.id, "kiosk": caller.kiosk, "trace": request.query_params.get("debug") == "trace"}
-        return wire.generation_task(asked, self.limits, image, mask, **who), asked
+        return wire.generation_task(asked, self.limits, image, mask, **who)
 
     async def _generation(self, request: Request) -> tuple[wire.ImagesRequest, None, None]:
-        return wire.parse(wire.from_json(await read_body(request, wire.MAX_BODY_BYTES)), self.limits), None, None
+        return wire.parse(wire.from_json(await bodies.read(request, wire.MAX_BODY_BYTES)), self.limits), None, None
 
     async def _edit(self, request: Request) -> tuple[wire.ImagesRequest, bytes, bytes | None]:
-        body = await read_body(request, 2 * self.limits.max_upload_bytes)
-        form = await uploads.read_form(request.headers.get("Content-Type", ""), body)
-        for name, data in (("image", form.image), ("mask", form.mask or b"")):
-            if len(data) > self.limits.max_upload_bytes:
-                message = f"{name} has {len(data)} bytes; at most {self.limits.max_upload_bytes} are taken"
-                raise ApiError(413, message, name, "body_too_large")
-        asked = wire.parse(wire.from_form(form.fields), self.limits, wire.EditsRequest)
-        size_px = wire.sizes(self.limits)[asked.size or "auto"]
-        image, mask = await run_in_threadpool(uploads.prepare, form, size_px, self.limits)
+        with self.uploads.upload() as take:
+            body = await bodies.read(request, 2 * self.limits.max_upload_bytes, take)
+            form = await uploads.read_form(request.headers.get("Content-Type", ""), body)
+            for name, data in (("image", form.image), ("mask", form.mask or b"")):
+                if len(data) > self.limits.max_upload_bytes:
+                    message = f"{name} has {len(data)} bytes; at most {self.limits.max_upload_bytes} are taken"
+                    raise ApiError(413, message, name, "body_too_large")
+            asked = wire.parse(wire.from_form(form.fields), self.limits, wire.EditsRequest)
+            size_px = wire.sizes(self.limits)[asked.size or "auto"]
+            async with self._decoding:
+                image, mask = await run_in_threadpool(uploads.prepare, form, size_px, self.limits)
         return asked, image, mask
 
     async def images(self, request: Request, edit: bool) -> Response:
@@ -144,6 +166,7 @@ def create_app(backend: Backend, limits: config.Serve) -> FastAPI:
         app.add_exception_handler(kind, handler)
     _image_routes(app, service)
     _job_routes(app, service)
+    _comparison_routes(app, service)
     _other_routes(app, service)
     return app
 
@@ -182,6 +205,21 @@ def _job_routes(app: FastAPI, service: Service) -> None:
         return EventStream(_streamed(job.follow(), job.task), service.limits.stall_s)
 
 
+def _comparison_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/comparisons")
+    async def compare(request: Request) -> Response:
+        task = await service.comparison(request)
+        return JSONResponse(await unless_left(request, service.comparisons.show(task)))
+
+    @app.post("/v1/comparisons/{id_}/vote")
+    async def vote(request: Request, id_: str) -> Response:
+        caller = service.caller(request, "vote")
+        body = await bodies.read(request, wire.MAX_BODY_BYTES)
+        ballot = await service.comparisons.vote(id_, caller.id, wire.better(wire.from_json(body, wire.VOTE_EXAMPLE)))
+        service.meters.votes.inc()
+        return JSONResponse({"object": "image.vote", "better": ballot.winner, "other": ballot.loser})
+
+
 def _other_routes(app: FastAPI, service: Service) -> None:
     openapi = document(service.limits, closed=bool(service.limits.keys))
 
@@ -195,6 +233,7 @@ def _other_routes(app: FastAPI, service: Service) -> None:
     async def healthz() -> Response:
         state = await service.state()
         shown = {"checkpoint": state.checkpoint, "trial": state.trial or None, "problem": state.problem or None}
+        shown["challenger"] = state.challenger or None
         return JSONResponse({"status": "ok", **shown})
 
     @app.get("/metrics")
@@ -213,19 +252,6 @@ def _other_routes(app: FastAPI, service: Service) -> None:
 
     for path, name in PAGE_FILES.items():
         app.add_api_route(path, _page(name), methods=["GET", "HEAD"], include_in_schema=False)
-
-
-async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body. Raises ApiError 413 as soon as it is longer than `limit` bytes."""
-    body = bytearray()
-    try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                raise ApiError(413, f"the body is longer than {limit} bytes", code="body_too_large")
-    except ClientDisconnect:
-        raise ApiError(400, "the body ended early") from None
-    return bytes(body)
 
 
 def _page(name: str) -> Any:

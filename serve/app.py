@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from momalisa import config
 from serve.answers import RETRY_AFTER_S
 from serve.api import create_app
-from serve.task import Event, Failed, GenerationTask, Rejected, State, Unavailable
+from serve.task import Ballot, Event, Failed, GenerationTask, Rejected, State, Unavailable
 
 ANSWER_WITHIN_S = 5.0
 HOME = "MOMALISA_HOME"
@@ -66,6 +66,12 @@ class ReplicasBackend:
         except (TimeoutError, RayError, RayServeException) as error:
             raise Unavailable(f"no generator answered within {ANSWER_WITHIN_S:.0f} s; it may be starting") from error
         return state
+
+    async def vote(self, ballot: Ballot) -> None:
+        try:
+            await asyncio.wait_for(self._generator.vote.remote(ballot), ANSWER_WITHIN_S)
+        except (TimeoutError, RayError, RayServeException, Unavailable) as error:
+            raise Unavailable("the vote could not be kept; try again") from error
 
     async def metrics(self) -> list[tuple[str, str]]:
         try:

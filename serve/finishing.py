@@ -27,6 +27,8 @@ def picture(task: GenerationTask, index: int, checkpoint: LoadedCheckpoint, imag
     if checkpoint.check is not None and (reason := checkpoint.check(image)):
         return Picture(index, None, checkpoint.id, reason)
     fields = to_parameters(request_of(task, index)) | {"checkpoint": checkpoint.id}
+    if task.tier != "full":
+        fields["tier"] = task.tier
     return Picture(index, png.encode(image, fields), checkpoint.id)
 
 

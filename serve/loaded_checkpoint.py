@@ -8,6 +8,7 @@ from collections.abc import Callable
 from PIL import Image
 
 from momalisa.engine import Engine, Request
+from momalisa.engine.tiers import at_tier
 from serve.sample import Sample
 from serve.task import GenerationTask
 
@@ -50,7 +51,7 @@ class LoadedCheckpoint:
 
 def request_of(task: GenerationTask, index: int) -> Request:
     """The engine's request for one of a task's seeds."""
-    return Request(
+    request = Request(
         prompt=task.prompt,
         seed=task.seeds[index],
         steps=task.steps,
@@ -65,6 +66,7 @@ def request_of(task: GenerationTask, index: int) -> Request:
         reproducible=task.reproducible,
         adapter=task.adapter,
     )
+    return at_tier(request, task.tier)
 
 
 def _opened(data: bytes | None, mode: str) -> Image.Image | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import time
@@ -11,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from momalisa import checkpoint
+from momalisa import checkpoint, votes
 from momalisa.config import Settings
 from momalisa.engine import Engine, Request
 from momalisa.storage import Store
@@ -19,7 +20,7 @@ from serve import checks
 from serve.loaded_checkpoint import LoadedCheckpoint
 from serve.meters import Meters
 from serve.scheduler import Scheduler
-from serve.task import Event, GenerationTask, State
+from serve.task import Ballot, Event, GenerationTask, State, Unavailable
 from serve.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,8 @@ class Generator:
         path = path or checkpoint.read_best(self._store).path
         self.meters = Meters()
         self._name = uuid.uuid4().hex[:8]
-        self._scheduler = Scheduler(self._load(path), settings.serve, self.meters)
+        self._challenger_problem = ""
+        self._scheduler = Scheduler(self._load(path), settings.serve, self.meters, self._challenger(settings.serve.challenger))
         every_s = settings.serve.watch_s
         self._watch = Watch(self._store, path, self._load, self._scheduler, every_s) if every_s else None
 
@@ -53,7 +55,17 @@ class Generator:
 
     async def state(self) -> State:
         """What is served; answers while painting too."""
-        return replace(self._scheduler.state(), problem=self._watch.problem if self._watch else "")
+        problem = self._watch.problem if self._watch else ""
+        return replace(self._scheduler.state(), problem=problem or self._challenger_problem)
+
+    async def vote(self, ballot: Ballot) -> None:
+        """One more file below votes/. Raises Unavailable where the store does not take it."""
+        vote = votes.Vote(ballot.winner, ballot.loser)
+        try:
+            await asyncio.to_thread(votes.cast, self._store, [vote], **ballot.about)
+        except Exception as error:
+            logger.error("a vote was not kept: %s", error)
+            raise Unavailable("the vote could not be kept; try again") from None
 
     async def metrics(self) -> list[tuple[str, str]]:
         """[(name of this process, Prometheus text)]."""
@@ -73,6 +85,15 @@ class Generator:
         if self._watch:
             self._watch.close()
         self._scheduler.close()
+
+    def _challenger(self, name: str) -> LoadedCheckpoint | None:
+        """None where there is none, or it cannot be served: the state then says why, and pictures are drawn all the same."""
+        try:
+            return self._load(checkpoint.find(self._store, name).path) if name else None
+        except Exception as error:
+            self._challenger_problem = f"serve.challenger={name} cannot be served: {error}"
+            logger.error("%s", self._challenger_problem)
+            return None
 
     def _load(self, path: str) -> LoadedCheckpoint:
         """Verified and warm. Raises NoCheckpoint, ValueError, or GenerationError for weights that paint nothing."""

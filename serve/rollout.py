@@ -1,4 +1,4 @@
-"""Which checkpoint draws what: the main one, a new one in its canary, and those that finish what they began.
+"""Which checkpoint draws what: the main one, a new one in its canary, a challenger, and those that finish what they began.
 
     start(new) -> canary: a share of the tasks -> end(): the new one is the main one, or is given up
 
@@ -11,6 +11,7 @@ import logging
 
 from serve.canary import Canary
 from serve.loaded_checkpoint import LoadedCheckpoint
+from serve.sample import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -18,27 +19,35 @@ logger = logging.getLogger(__name__)
 class Rollout:
     """`main` draws whatever has no other checkpoint."""
 
-    def __init__(self, main: LoadedCheckpoint) -> None:
-        self.main = main
+    def __init__(self, main: LoadedCheckpoint, challenger: LoadedCheckpoint | None = None) -> None:
+        self.main, self._challenger = main, challenger
         self.new: LoadedCheckpoint | None = None
         self.canary: Canary | None = None
         self.retiring: list[LoadedCheckpoint] = []
 
     def checkpoints(self) -> list[LoadedCheckpoint]:
         """All that have an engine."""
-        return [one for one in (self.main, self.new, *self.retiring) if one is not None]
+        return [one for one in (self.main, self.new, self._challenger, *self.retiring) if one is not None]
 
     def start(self, new: LoadedCheckpoint, canary: Canary) -> None:
         """The caller has ended the one before."""
         self.new, self.canary = new, canary
 
-    def choose(self) -> LoadedCheckpoint:
-        """For the next task."""
-        return self.new if self.new is not None and self.canary is not None and self.canary.next_is_new() else self.main
+    @property
+    def challenger(self) -> LoadedCheckpoint | None:
+        """What the main checkpoint may be compared with: the settings' choice, or else a new one in its canary."""
+        chosen = self._challenger
+        return chosen if chosen is not None and chosen.id != self.main.id else self.new
 
-    def still(self, checkpoint: LoadedCheckpoint) -> LoadedCheckpoint:
-        """The checkpoint that a task began with, or the main one where that is no longer loaded."""
-        return checkpoint if checkpoint in self.checkpoints() else self.main
+    def choose(self, sample: Sample) -> LoadedCheckpoint:
+        """What draws a sample: all of a task have one checkpoint, but for comparisons."""
+        active = sample.active
+        if active.task.compare:
+            return (sample.index == 1 and not sample.repeated and self.challenger) or self.main
+        if active.checkpoint is None:
+            canary = self.canary is not None and self.canary.next_is_new()
+            active.checkpoint = (canary and self.new) or self.main
+        return active.checkpoint if active.checkpoint in self.checkpoints() else self.main
 
     def fail(self, problem: str) -> None:
         """The canary, if there is one, will end badly."""

@@ -5,9 +5,10 @@ Changed under the scheduler's lock.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from momalisa.engine.tiers import steps_at
 from serve.fair_queue import QueueItem
 from serve.mailbox import Mailbox
 from serve.task import GenerationTask
@@ -51,14 +52,16 @@ class Sample(QueueItem):
     checkpoint: LoadedCheckpoint | None = None
     id: int = -1  # the engine's
     started_at: float = 0.0
+    repeated: bool = False  # another checkpoint failed to draw it
 
     def again(self) -> Sample:
         """The same picture, to be drawn anew, in this one's place."""
-        anew = Sample(self.key, self.rows, self.steps, self.kiosk, active=self.active, index=self.index)
+        anew = replace(self, checkpoint=None, id=-1, repeated=True)
         self.active.samples = [anew if other is self else other for other in self.active.samples]
         return anew
 
 
 def samples_of(active: ActiveTask) -> list[Sample]:
-    task = active.task
-    return [Sample(task.key, task.rows, task.steps, task.kiosk, active=active, index=n) for n in range(len(task.seeds))]
+    """All pictures of a task, with the steps that its tier does."""
+    task, steps = active.task, steps_at(active.task.steps, active.task.tier)
+    return [Sample(task.key, task.rows, steps, task.kiosk, active=active, index=n) for n in range(len(task.seeds))]

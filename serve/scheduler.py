@@ -40,10 +40,15 @@ class Scheduler:
     """Ask from event loops; `clock` in seconds."""
 
     def __init__(
-        self, main: LoadedCheckpoint, limits: Serve, meters: Meters, clock: Callable[[], float] = time.monotonic
+        self,
+        main: LoadedCheckpoint,
+        limits: Serve,
+        meters: Meters,
+        challenger: LoadedCheckpoint | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._limits, self._meters, self._clock = limits, meters, clock
-        self._rollout, self._admission = Rollout(main), Admission(limits, meters)
+        self._rollout, self._admission = Rollout(main, challenger), Admission(limits, meters)
         self._active: set[ActiveTask] = set()
         self._leaving: list[Sample] = []
         self._finishing = 0
@@ -76,8 +81,13 @@ class Scheduler:
         if self._broken is not None:
             raise RuntimeError("the engine's thread has ended") from self._broken
         with self._wake:
-            new = self._rollout.new
-            return State(self._rollout.main.id, trial=new.id if new else "", waiting=len(self._admission))
+            main, new, challenger = self._rollout.main, self._rollout.new, self._rollout.challenger
+            return State(
+                main.id,
+                trial=new.id if new else "",
+                waiting=len(self._admission),
+                challenger=challenger.id if challenger else "",
+            )
 
     def load(self) -> dict[str, float]:
         """Work that is accepted and not done, in row-steps and in seconds."""
@@ -215,13 +225,11 @@ class Scheduler:
             sample = self._admission.next(free)
             if sample is None:
                 return
-            active = sample.active
-            active.checkpoint = active.checkpoint or self._rollout.choose()
             try:
-                self._rollout.still(active.checkpoint).start(sample, self._clock())
+                self._rollout.choose(sample).start(sample, self._clock())
                 free -= sample.rows
             except ValueError as error:
-                self._close(active, Failed(str(error), wrong=True))
+                self._close(sample.active, Failed(str(error), wrong=True))
 
     def _tell(self) -> None:
         """Everybody their place, now and then."""
@@ -265,8 +273,9 @@ class Scheduler:
         future.add_done_callback(partial(self._finished, sample, checkpoint))
 
     def _spoilt(self, sample: Sample, checkpoint: LoadedCheckpoint, problem: str) -> None:
-        """No picture came. From a canary it is drawn again by the old checkpoint; else the visitor is told."""
+        """No picture came. Where it is not the main checkpoint's, that one draws it again; else the visitor is told."""
         if checkpoint is not self._rollout.main:
+            logger.warning("%s: a picture failed: %s", checkpoint.id, problem)
             self._once_more(sample)
             if checkpoint is self._rollout.new and sample.active.task.adapter is None:
                 self._rollout.fail(problem)

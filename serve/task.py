@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 Sampler = Literal["ddim", "euler", "dpmpp_2m", "dpmpp_2m_karras", "unipc"]  # as momalisa.engine, which imports torch
+Tier = Literal["full", "interval", "draft"]  # as momalisa.engine.tiers
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class GenerationTask:
     kiosk: bool = False  # the priority lane
     deadline_s: float = 300.0
     trace: bool = False
+    tier: Tier = "full"
+    compare: bool = False  # one seed, twice: the second picture is the challenger's
 
     @property
     def rows(self) -> int:
@@ -106,6 +109,16 @@ class State:
     trial: str = ""  # a newer checkpoint that gets a share of the requests
     problem: str = ""  # why refs/best is not what is served
     waiting: int = 0  # pictures in line
+    challenger: str = ""  # a checkpoint that visitors may compare with the present one
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """A visitor's vote between two checkpoints, and what the pictures had in common (no words)."""
+
+    winner: str
+    loser: str
+    about: dict[str, int | float]
 
 
 class Backend(Protocol):
@@ -116,6 +129,9 @@ class Backend(Protocol):
 
     async def state(self) -> State:
         """From a live generator. Raises Unavailable."""
+
+    async def vote(self, ballot: Ballot) -> None:
+        """Keep a vote where promotion reads it. Raises Unavailable where it is not kept."""
 
     async def metrics(self) -> list[tuple[str, str]]:
         """(replica, Prometheus text) of every live generator."""

@@ -219,7 +219,7 @@ async def test_failures_of_the_generator(retry: bool, status: int) -> None:
 
 
 async def test_health_and_models(client: httpx.AsyncClient) -> None:
-    shown = {"status": "ok", "checkpoint": "tiny-64", "trial": None, "problem": None}
+    shown = {"status": "ok", "checkpoint": "tiny-64", "trial": None, "problem": None, "challenger": None}
     assert (await client.get("/healthz")).json() == shown
     assert [model["id"] for model in (await client.get("/v1/models")).json()["data"]] == ["tiny-64"]
 
@@ -296,5 +296,31 @@ async def test_a_pictures_own_file_is_enough_to_paint_it_again(client: httpx.Asy
     asked = {"prompt": "a boat", "seed": 7, "steps": 5, "guidance_scale": 3, "negative_prompt": "red", "sampler": "unipc"}
     data = base64.b64decode((await client.post(PATH, json=asked)).json()["data"][0]["b64_json"])
     again = Engine.load(Diffusion(model=str(tiny_base))).generate([from_parameters(read(data))])[0]
+    painted = Image.open(io.BytesIO(data)).tobytes()
+    assert max(abs(a - b) for a, b in zip(painted, again.tobytes(), strict=True)) <= 1
+
+
+async def test_a_speed_tier_where_the_settings_allow_it(generator: Generator, tiny_base: Path) -> None:
+    from momalisa.config import Diffusion
+    from momalisa.engine import Engine, from_parameters
+    from serve.png import read
+
+    asked = {"prompt": "a boat", "seed": 7, "steps": 10, "guidance_scale": 3}
+    limits = LIMITS.model_copy(update={"tiers": ("draft",)})
+    transport = httpx.ASGITransport(create_app(generator, limits))
+    async with httpx.AsyncClient(transport=transport, base_url="http://museum") as client:
+        for tier in ("interval", "fast", 1):
+            answer = await client.post(PATH, json={**asked, "tier": tier})
+            assert answer.status_code == 400
+            assert "tier must be one of full, draft" in answer.json()["error"]["message"]
+        full, draft = [
+            (await client.post(f"{PATH}?debug=trace", json={**asked, "tier": tier})).json() for tier in (None, "draft")
+        ]
+    assert (len(full["trace"]), len(draft["trace"])) == (10, 6)
+    data = base64.b64decode(draft["data"][0]["b64_json"])
+    said = read(data)
+    assert (said["tier"], said["steps"], said["guidance_interval"]) == ("draft", "6", "0.28 5.42")
+    assert "tier" not in read(base64.b64decode(full["data"][0]["b64_json"]))
+    again = Engine.load(Diffusion(model=str(tiny_base))).generate([from_parameters(said)])[0]
     painted = Image.open(io.BytesIO(data)).tobytes()
     assert max(abs(a - b) for a, b in zip(painted, again.tobytes(), strict=True)) <= 1
