@@ -1,13 +1,15 @@
 """The HTTP layer: OpenAI's images API, jobs, health, metrics, and the visitors' page. Knows nothing of Ray or torch.
 
-POST /v1/images/generations   POST /v1/images/edits   GET /v1/models   /v1/jobs   GET /healthz /metrics /openapi.json /
+POST /v1/images/generations /v1/images/edits /v1/comparisons   /v1/jobs   GET /v1/models /healthz /metrics /openapi.json /
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +19,23 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from momalisa import config
-from serve import answers, checks, uploads, wire
+from serve import answers, bodies, checks, comparisons, uploads, wire
 from serve.access import Access, Caller
+from serve.comparisons import Comparisons
 from serve.document import document
 from serve.errors import ApiError
 from serve.jobs import Jobs
 from serve.log import RequestLog
 from serve.meters import HttpMeters, gathered
 from serve.stream import ClientLeft, EventStream, unless_left
-from serve.work import Backend, Busy, Commission, Event, Failed, State, Unavailable
+from serve.task import Backend, Event, Failed, GenerationTask, Rejected, State, Unavailable
 
 logger = logging.getLogger(__name__)
 
+DECODERS = 2  # pictures that are decoded at once: each takes some 100 MB at the largest size that is allowed
 WEB = Path(__file__).parent / "web"
 PAGE_FILES = {"/": "index.html", "/style.css": "style.css", "/page.js": "page.js"}
 HEADERS = {
@@ -54,7 +57,9 @@ class Service:
     def __init__(self, backend: Backend, limits: config.Serve) -> None:
         self.backend, self.limits = backend, limits
         self.access, self.check = Access(limits.keys), checks.prompt_check(limits)
-        self.jobs = Jobs(backend, limits.max_jobs, limits.job_keep_s)
+        self.jobs = Jobs(backend, limits.max_jobs, limits.max_jobs_bytes, limits.job_keep_s)
+        self.comparisons = Comparisons(backend, limits.max_jobs, limits.job_keep_s, limits.votes_per_minute)
+        self.uploads, self._decoding = bodies.UploadMemory(limits.upload_memory_bytes), asyncio.Semaphore(DECODERS)
         self.meters = HttpMeters()
 
     def caller(self, request: Request, scope: str) -> Caller:
@@ -64,47 +69,64 @@ class Service:
         request.state.caller = caller.id if self.limits.keys else ""
         return caller
 
-    async def commission(self, request: Request, edit: bool = False) -> tuple[Commission, wire.ImagesRequest]:
+    async def task(self, request: Request, edit: bool = False) -> tuple[GenerationTask, wire.ImagesRequest]:
         """What is asked for, by somebody who may. Raises ApiError."""
         caller = self.caller(request, "edit" if edit else "generate")
         asked, image, mask = await (self._edit(request) if edit else self._generation(request))
+        return self._accepted(request, caller, asked, image, mask), asked
+
+    async def comparison(self, request: Request) -> GenerationTask:
+        """One picture by each of two checkpoints. Raises ApiError."""
+        caller = self.caller(request, "vote")
+        fields = wire.from_json(await bodies.read(request, wire.MAX_BODY_BYTES))
+        asked = wire.parse({name: value for name, value in fields.items() if name not in wire.NOT_COMPARED}, self.limits)
+        task = self._accepted(request, caller, asked)
+        if not (await self.state()).challenger:
+            raise comparisons.nothing()
+        return replace(task, seeds=task.seeds * 2, compare=True)
+
+    def _accepted(
+        self, request: Request, caller: Caller, asked: wire.ImagesRequest, image: bytes | None = None, mask: bytes | None = None
+    ) -> GenerationTask:
         for text in (asked.prompt, asked.negative_prompt or ""):
             if reason := self.check(text):
                 self.meters.refused_prompts.inc()
                 raise answers.filtered(reason, "prompt")
         who = {"key": caller.id, "kiosk": caller.kiosk, "trace": request.query_params.get("debug") == "trace"}
-        return wire.commission(asked, self.limits, image, mask, **who), asked
+        return wire.generation_task(asked, self.limits, image, mask, **who)
 
     async def _generation(self, request: Request) -> tuple[wire.ImagesRequest, None, None]:
-        return wire.parse(wire.from_json(await read_body(request, wire.MAX_BODY_BYTES)), self.limits), None, None
+        return wire.parse(wire.from_json(await bodies.read(request, wire.MAX_BODY_BYTES)), self.limits), None, None
 
     async def _edit(self, request: Request) -> tuple[wire.ImagesRequest, bytes, bytes | None]:
-        body = await read_body(request, 2 * self.limits.max_upload_bytes)
-        form = await uploads.read_form(request.headers.get("Content-Type", ""), body)
-        for name, data in (("image", form.image), ("mask", form.mask or b"")):
-            if len(data) > self.limits.max_upload_bytes:
-                message = f"{name} has {len(data)} bytes; at most {self.limits.max_upload_bytes} are taken"
-                raise ApiError(413, message, name, "body_too_large")
-        asked = wire.parse(wire.from_form(form.fields), self.limits, wire.EditsRequest)
-        size_px = wire.sizes(self.limits)[asked.size or "auto"]
-        image, mask = await run_in_threadpool(uploads.prepare, form, size_px, self.limits)
+        with self.uploads.upload() as take:
+            body = await bodies.read(request, 2 * self.limits.max_upload_bytes, take)
+            form = await uploads.read_form(request.headers.get("Content-Type", ""), body)
+            for name, data in (("image", form.image), ("mask", form.mask or b"")):
+                if len(data) > self.limits.max_upload_bytes:
+                    message = f"{name} has {len(data)} bytes; at most {self.limits.max_upload_bytes} are taken"
+                    raise ApiError(413, message, name, "body_too_large")
+            asked = wire.parse(wire.from_form(form.fields), self.limits, wire.EditsRequest)
+            size_px = wire.sizes(self.limits)[asked.size or "auto"]
+            async with self._decoding:
+                image, mask = await run_in_threadpool(uploads.prepare, form, size_px, self.limits)
         return asked, image, mask
 
     async def images(self, request: Request, edit: bool) -> Response:
-        commission, asked = await self.commission(request, edit)
+        task, asked = await self.task(request, edit)
         if asked.stream:
-            return await self._stream(commission)
-        pictures, painted = await unless_left(request, answers.collect(self.backend, commission))
-        return JSONResponse(answers.body(commission, pictures, painted, as_url=asked.response_format == "url"))
+            return await self._stream(task)
+        pictures, completed = await unless_left(request, answers.collect(self.backend, task))
+        return JSONResponse(answers.body(task, pictures, completed, as_url=asked.response_format == "url"))
 
-    async def _stream(self, commission: Commission) -> Response:
+    async def _stream(self, task: GenerationTask) -> Response:
         """The first event decides: nothing can become a 429 once a stream has begun."""
-        events = self.backend.paint(commission)
+        events = self.backend.generate(task)
         first = await anext(events, Failed("the generator was lost while it painted; try again", retry=True))
-        if isinstance(first, Busy | Failed):
+        if isinstance(first, Rejected | Failed):
             await events.aclose()
             raise answers.failure(first)
-        return EventStream(_streamed(_with(first, events), commission), self.limits.stall_s)
+        return EventStream(_streamed(_with(first, events), task), self.limits.stall_s)
 
     async def state(self) -> State:
         try:
@@ -120,9 +142,9 @@ async def _with(first: Event, events: AsyncGenerator[Event, None]) -> AsyncGener
             yield event
 
 
-async def _streamed(events: AsyncGenerator[Event, None], commission: Commission) -> AsyncGenerator[bytes, None]:
+async def _streamed(events: AsyncGenerator[Event, None], task: GenerationTask) -> AsyncGenerator[bytes, None]:
     async with aclosing(events):
-        async for text in answers.stream(events, commission):
+        async for text in answers.stream(events, task):
             yield text
 
 
@@ -142,13 +164,14 @@ def create_app(backend: Backend, limits: config.Serve) -> FastAPI:
     app.add_middleware(RequestLog, meters=service.meters)
     for kind, handler in ((ApiError, _api_error), (HTTPException, _http_error), (ClientLeft, _left), (Exception, _server_error)):
         app.add_exception_handler(kind, handler)
-    _paint_routes(app, service)
+    _image_routes(app, service)
     _job_routes(app, service)
+    _comparison_routes(app, service)
     _other_routes(app, service)
     return app
 
 
-def _paint_routes(app: FastAPI, service: Service) -> None:
+def _image_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/images/generations")
     async def generations(request: Request) -> Response:
         return await service.images(request, edit=False)
@@ -162,8 +185,8 @@ def _job_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/jobs")
     async def start(request: Request) -> Response:
         edit = request.headers.get("Content-Type", "").lower().startswith("multipart/")
-        commission, _ = await service.commission(request, edit)
-        job = await service.jobs.start(commission)
+        task, _ = await service.task(request, edit)
+        job = await service.jobs.start(task)
         return JSONResponse(job.body(), 202, {"Location": f"/v1/jobs/{job.id}"})
 
     @app.get("/v1/jobs/{id_}")
@@ -179,7 +202,22 @@ def _job_routes(app: FastAPI, service: Service) -> None:
     @app.get("/v1/jobs/{id_}/events")
     async def events(request: Request, id_: str) -> Response:
         job = service.jobs.get(id_, service.caller(request, "generate").id)
-        return EventStream(_streamed(job.follow(), job.commission), service.limits.stall_s)
+        return EventStream(_streamed(job.follow(), job.task), service.limits.stall_s)
+
+
+def _comparison_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/comparisons")
+    async def compare(request: Request) -> Response:
+        task = await service.comparison(request)
+        return JSONResponse(await unless_left(request, service.comparisons.show(task)))
+
+    @app.post("/v1/comparisons/{id_}/vote")
+    async def vote(request: Request, id_: str) -> Response:
+        caller = service.caller(request, "vote")
+        body = await bodies.read(request, wire.MAX_BODY_BYTES)
+        ballot = await service.comparisons.vote(id_, caller.id, wire.better(wire.from_json(body, wire.VOTE_EXAMPLE)))
+        service.meters.votes.inc()
+        return JSONResponse({"object": "image.vote", "better": ballot.winner, "other": ballot.loser})
 
 
 def _other_routes(app: FastAPI, service: Service) -> None:
@@ -195,6 +233,7 @@ def _other_routes(app: FastAPI, service: Service) -> None:
     async def healthz() -> Response:
         state = await service.state()
         shown = {"checkpoint": state.checkpoint, "trial": state.trial or None, "problem": state.problem or None}
+        shown["challenger"] = state.challenger or None
         return JSONResponse({"status": "ok", **shown})
 
     @app.get("/metrics")
@@ -213,19 +252,6 @@ def _other_routes(app: FastAPI, service: Service) -> None:
 
     for path, name in PAGE_FILES.items():
         app.add_api_route(path, _page(name), methods=["GET", "HEAD"], include_in_schema=False)
-
-
-async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body. Raises ApiError 413 as soon as it is longer than `limit` bytes."""
-    body = bytearray()
-    try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                raise ApiError(413, f"the body is longer than {limit} bytes", code="body_too_large")
-    except ClientDisconnect:
-        raise ApiError(400, "the body ended early") from None
-    return bytes(body)
 
 
 def _page(name: str) -> Any:

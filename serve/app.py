@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from momalisa import config
 from serve.answers import RETRY_AFTER_S
 from serve.api import create_app
-from serve.work import Busy, Commission, Event, Failed, State, Unavailable
+from serve.task import Ballot, Event, Failed, GenerationTask, Rejected, State, Unavailable
 
 ANSWER_WITHIN_S = 5.0
 HOME = "MOMALISA_HOME"
@@ -47,14 +47,14 @@ class ReplicasBackend:
     def __init__(self, generator: DeploymentHandle[Any]) -> None:
         self._generator = generator
 
-    async def paint(self, commission: Commission) -> AsyncGenerator[Event, None]:
+    async def generate(self, task: GenerationTask) -> AsyncGenerator[Event, None]:
         """Closing it cancels the replica's work."""
-        events: Any = self._generator.options(stream=True).paint.remote(commission)
+        events: Any = self._generator.options(stream=True).generate.remote(task)
         try:
             async for event in events:
                 yield event
         except BackPressureError:
-            yield Busy(RETRY_AFTER_S, "every generator's line is full")
+            yield Rejected(RETRY_AFTER_S, "every generator's line is full")
         except (RayError, RayServeException):
             yield Failed("the generator was lost while it painted; try again", retry=True)
         finally:
@@ -66,6 +66,12 @@ class ReplicasBackend:
         except (TimeoutError, RayError, RayServeException) as error:
             raise Unavailable(f"no generator answered within {ANSWER_WITHIN_S:.0f} s; it may be starting") from error
         return state
+
+    async def vote(self, ballot: Ballot) -> None:
+        try:
+            await asyncio.wait_for(self._generator.vote.remote(ballot), ANSWER_WITHIN_S)
+        except (TimeoutError, RayError, RayServeException, Unavailable) as error:
+            raise Unavailable("the vote could not be kept; try again") from error
 
     async def metrics(self) -> list[tuple[str, str]]:
         try:

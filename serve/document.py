@@ -15,7 +15,7 @@ EVENT = {
     "required": ["event", "data"],
 }
 STREAM = {"text/event-stream": {"schema": EVENT}}
-JOB = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+ID = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
 DEBUG = {
     "name": "debug",
     "in": "query",
@@ -23,6 +23,7 @@ DEBUG = {
     "schema": {"type": "string"},
     "description": "trace: the answer tells every tick that the request took part in",
 }
+VOTE = {"type": "object", "properties": {"better": {"enum": ["first", "second"]}}, "required": ["better"]}
 JOB_STATES = ["queued", "running", "completed", "failed", "cancelled"]
 
 
@@ -43,10 +44,11 @@ def document(limits: config.Serve, closed: bool) -> dict[str, Any]:
         "/v1/models": {"get": _operation("models", "What paints", _answer("one model", "Models"))},
         "/v1/jobs": {"post": _painting("start_job", "Paint later: JSON, or a form as for edits", job, words | form, [], "202")},
         "/v1/jobs/{id}": {
-            "get": _operation("job", "A job, and its pictures when it is done", job, [JOB], {"404"}),
-            "delete": _operation("cancel_job", "End a job; twice is once", job, [JOB], {"404"}),
+            "get": _operation("job", "A job, and its pictures when it is done", job, [ID], {"404", "410"}),
+            "delete": _operation("cancel_job", "End a job; twice is once", job, [ID], {"404", "410"}),
         },
-        "/v1/jobs/{id}/events": {"get": _operation("job_events", "A job's events as a stream", events, [JOB], {"404"})},
+        "/v1/jobs/{id}/events": {"get": _operation("job_events", "A job's events as a stream", events, [ID], {"404", "410"})},
+        **_comparisons(limits),
         "/healthz": {"get": health},
         "/metrics": {"get": _operation("metrics", "Prometheus' text", text)},
     }
@@ -56,6 +58,19 @@ def document(limits: config.Serve, closed: bool) -> dict[str, Any]:
         "paths": paths,
         "components": {"schemas": _schemas(), "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
     } | ({"security": [{"key": []}]} if closed else {})
+
+
+def _comparisons(limits: config.Serve) -> dict[str, Any]:
+    fields = {name: one for name, one in _fields(limits, wire.ImagesRequest).items() if name not in wire.NOT_COMPARED}
+    words = {JSON: {"schema": {"type": "object", "properties": fields, "required": ["prompt"]}}}
+    pair = _answer("two pictures, not saying whose", "Comparison")
+    vote = _operation("vote", "Say which is better, once", _answer("whose they were", "Vote"), [ID], {"400", "404", "408", "413"})
+    vote |= {"requestBody": {"required": True, "content": {JSON: {"schema": VOTE}}}}
+    errors = frozenset({"409"})
+    return {
+        "/v1/comparisons": {"post": _painting("compare", "Paint the same by two checkpoints", pair, words, [], errors=errors)},
+        "/v1/comparisons/{id}/vote": {"post": vote},
+    }
 
 
 def _operation(
@@ -74,9 +89,15 @@ def _operation(
 
 
 def _painting(
-    id_: str, summary: str, answer: dict[str, Any], body: dict[str, Any], parameters: list[dict[str, Any]], status: str = "200"
+    id_: str,
+    summary: str,
+    answer: dict[str, Any],
+    body: dict[str, Any],
+    parameters: list[dict[str, Any]],
+    status: str = "200",
+    errors: frozenset[str] = frozenset(),
 ) -> dict[str, Any]:
-    operation = _operation(id_, summary, answer, parameters, {"400", "408", "413", "500"}, status)
+    operation = _operation(id_, summary, answer, parameters, {"400", "408", "413", "500", *errors}, status)
     return operation | {"requestBody": {"required": True, "content": body}}
 
 
@@ -95,6 +116,7 @@ def _fields(limits: config.Serve, kind: type[wire.ImagesRequest]) -> dict[str, A
     properties["negative_prompt"] = {"type": ["string", "null"], "maxLength": limits.max_prompt_chars}
     properties["n"] = {"type": ["integer", "null"], "minimum": 1, "maximum": limits.max_pictures_per_request}
     properties["size"] = {"enum": [*wire.sizes(limits), None]}
+    properties["tier"] = {"enum": ["full", *limits.tiers, None]}
     return properties
 
 
@@ -140,5 +162,14 @@ def _schemas() -> dict[str, Any]:
             "id object created status", id=text, object={"const": "image.job"}, created=whole, status={"enum": JOB_STATES},
             position=whole, eta_s=number, result={"$ref": "#/components/schemas/Images"}, error=error,
         ),
-        "Health": _object("status checkpoint trial problem", status={"const": "ok"}, checkpoint=text, trial=maybe, problem=maybe),
+        "Comparison": _object(
+            "id object created revised_prompt seed data", id=text, object={"const": "image.comparison"}, created=whole,
+            revised_prompt=text, seed=whole,
+            data={"type": "array", "items": _object("b64_json", b64_json=text), "minItems": 2, "maxItems": 2},
+        ),
+        "Vote": _object("object better other", object={"const": "image.vote"}, better=text, other=text),
+        "Health": _object(
+            "status checkpoint trial problem challenger", status={"const": "ok"}, checkpoint=text, trial=maybe, problem=maybe,
+            challenger=maybe,
+        ),
     }  # fmt: skip

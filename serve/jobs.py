@@ -1,11 +1,13 @@
-"""Commissions that outlive a connection: asked for, looked after and fetched later, for proxies that cut long requests.
+"""Tasks that outlive a connection: asked for, looked after and fetched later, for proxies that cut long requests.
 
-They are kept in the memory of the HTTP layer (run one of it), at most `max_jobs`, and forgotten `keep_s` after their end.
+They are kept in the memory of the HTTP layer (run one of it): at most `max_jobs`, finished ones of at most `max_bytes` together
+and for at most `keep_s`. Where there is no room, those that finished first go first; who asks for one that is gone is told so.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
@@ -15,9 +17,11 @@ from typing import Any
 
 from serve import answers
 from serve.errors import ApiError
-from serve.work import Backend, Busy, Commission, Event, Failed, Outcome, Painted, Picture, Progress, Waiting
+from serve.task import Backend, Completed, Event, Failed, GenerationTask, Outcome, Picture, Progress, Rejected, Waiting
+from serve.turns import MAX_S
 
 CANCELLED = Failed("the job was cancelled")
+MAX_GONE = 10_000  # ids that are remembered of jobs that are not
 
 
 @dataclass(eq=False)
@@ -26,13 +30,13 @@ class Job:
 
     id: str
     owner: str
-    commission: Commission
+    task: GenerationTask
     created: int
     events: dict[tuple[str, int], tuple[int, Event]] = field(default_factory=dict)
     outcome: Outcome | None = None
     ended_at: float = 0.0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    task: asyncio.Task[None] | None = None
+    runner: asyncio.Task[None] | None = None
     _count: int = 0
 
     def put(self, event: Event) -> None:
@@ -44,11 +48,17 @@ class Job:
         self.changed = asyncio.Event()
 
     @property
+    def bytes(self) -> int:
+        """What it keeps: its pictures, and those that were sent."""
+        made = sum(len(event.png or b"") for _, event in self.events.values() if isinstance(event, Picture))
+        return made + len(self.task.image or b"") + len(self.task.mask or b"")
+
+    @property
     def status(self) -> str:
         if self.outcome is None:
             waiting = self.newest(Waiting)
             return "queued" if waiting and waiting.position > 0 else "running"
-        if isinstance(self.outcome, Painted):
+        if isinstance(self.outcome, Completed):
             return "completed"
         return "cancelled" if self.outcome is CANCELLED else "failed"
 
@@ -62,14 +72,14 @@ class Job:
         waiting = self.newest(Waiting)
         if self.outcome is None and waiting is not None:
             shown |= {"position": waiting.position, "eta_s": waiting.eta_s}
-        if isinstance(self.outcome, Painted):
+        if isinstance(self.outcome, Completed):
             pictures = [event for _, event in self.events.values() if isinstance(event, Picture)]
             pictures.sort(key=lambda picture: picture.index)
             try:
-                shown["result"] = answers.body(self.commission, pictures, self.outcome)
+                shown["result"] = answers.body(self.task, pictures, self.outcome)
             except ApiError as error:
                 shown |= {"status": "failed", **error.body()}
-        elif isinstance(self.outcome, Busy | Failed) and self.outcome is not CANCELLED:
+        elif isinstance(self.outcome, Rejected | Failed) and self.outcome is not CANCELLED:
             shown |= answers.failure(self.outcome).body()
         return shown
 
@@ -90,51 +100,60 @@ class Job:
 class Jobs:
     """Every job of one HTTP process."""
 
-    def __init__(self, backend: Backend, max_jobs: int, keep_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._backend, self._max_jobs, self._keep_s, self._clock = backend, max_jobs, keep_s, clock
+    def __init__(
+        self, backend: Backend, max_jobs: int, max_bytes: int, keep_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._backend, self._clock = backend, clock
+        self._max_jobs, self._max_bytes, self._keep_s = max_jobs, max_bytes, keep_s
         self._jobs: dict[str, Job] = {}
+        self._finished: dict[str, Job] = {}  # of these, in the order of their ends
+        self._finished_bytes = 0
+        self._gone: dict[str, str] = {}  # id -> owner, of the newest that were forgotten
 
     def __len__(self) -> int:
         return len(self._jobs)
 
-    async def start(self, commission: Commission) -> Job:
+    async def start(self, task: GenerationTask) -> Job:
         """A job that is in line. Raises ApiError (429) where there is no room for it."""
-        self._forget()
+        self._forget(self._max_jobs - 1)
         if len(self._jobs) >= self._max_jobs:
-            raise answers.failure(Busy(30, f"{self._max_jobs} jobs are kept already; fetch or delete one"))
-        job = Job(f"job_{uuid.uuid4().hex}", commission.key, commission, int(time.time()))
+            soonest_s = min(place.eta_s if (place := job.newest(Waiting)) else 1.0 for job in self._jobs.values())
+            wait_s = max(1, min(MAX_S, math.ceil(soonest_s)))
+            raise answers.failure(Rejected(wait_s, f"{self._max_jobs} jobs are under way already"))
+        job = Job(f"job_{uuid.uuid4().hex}", task.key, task, int(time.time()))
         self._jobs[job.id] = job
         accepted = job.changed
-        job.task = asyncio.create_task(self._work(job))
+        job.runner = asyncio.create_task(self._work(job))
         try:
             await accepted.wait()
         except asyncio.CancelledError:
             self.cancel(job)
             raise
-        if isinstance(job.outcome, Busy):
-            del self._jobs[job.id]
+        if isinstance(job.outcome, Rejected):
             raise answers.failure(job.outcome)
         return job
 
     def get(self, id_: str, owner: str) -> Job:
-        """Raises ApiError (404) for a job that is not there, or is somebody else's."""
-        self._forget()
+        """Raises ApiError: 404 for a job that is not there, or is somebody else's, and 410 for one that is kept no longer."""
+        self._forget(self._max_jobs)
         job = self._jobs.get(id_)
-        if job is None or job.owner != owner:
-            message = f"there is no job {id_[:60]!r} of yours; finished ones are kept for {self._keep_s:.0f} s"
-            raise ApiError(404, message, code="job_not_found")
-        return job
+        if job is not None and job.owner == owner:
+            return job
+        if self._gone.get(id_) == owner:
+            message = f"this job has ended and is kept no longer: {self._keep_s:.0f} s at most, less when there are many"
+            raise ApiError(410, message, code="job_gone")
+        raise ApiError(404, f"there is no job {id_[:60]!r} of yours", code="job_not_found")
 
     def cancel(self, job: Job) -> None:
         """Give its rows back; one that has ended stays as it is."""
         if job.outcome is None:
             self._end(job, CANCELLED)
-            assert job.task is not None
-            job.task.cancel()
+            assert job.runner is not None
+            job.runner.cancel()
 
     async def _work(self, job: Job) -> None:
         try:
-            async with aclosing(self._backend.paint(job.commission)) as events:
+            async with aclosing(self._backend.generate(job.task)) as events:
                 async for event in events:
                     if (outcome := answers.outcome_of(event)) is not None:
                         self._end(job, outcome)
@@ -151,9 +170,26 @@ class Jobs:
         for kind in [kind for kind, (_, event) in job.events.items() if isinstance(event, Progress | Waiting)]:
             del job.events[kind]
         job.put(outcome)
+        if isinstance(outcome, Rejected):
+            del self._jobs[job.id]
+            return
+        self._finished[job.id] = job
+        self._finished_bytes += job.bytes
+        self._forget(self._max_jobs)
 
-    def _forget(self) -> None:
-        now = self._clock()
-        old = [job.id for job in self._jobs.values() if job.outcome is not None and now > job.ended_at + self._keep_s]
-        for id_ in old:
-            del self._jobs[id_]
+    def _forget(self, most: int) -> None:
+        """Those that are too old, and as many of the others as leave `most` jobs and few enough bytes; none under way."""
+        oldest_first, now = list(self._finished.values()), self._clock()
+        for job in oldest_first:
+            crowded = len(self._jobs) > most or self._finished_bytes > self._max_bytes
+            if not crowded and now <= job.ended_at + self._keep_s:
+                break
+            self._drop(job)
+            self._gone[job.id] = job.owner
+        while len(self._gone) > MAX_GONE:
+            del self._gone[next(iter(self._gone))]
+
+    def _drop(self, job: Job) -> None:
+        del self._jobs[job.id]
+        if self._finished.pop(job.id, None) is not None:
+            self._finished_bytes -= job.bytes

@@ -1,6 +1,6 @@
 """API keys: a file of their hashes, which the server reads again whenever it has changed.
 
-    python -m serve.keys add keys.json --name kiosk --scopes generate,edit,kiosk --days 365
+    python -m serve.keys add keys.json --name kiosk --scopes generate,edit,vote,kiosk --days 365
     python -m serve.keys list keys.json
     python -m serve.keys revoke keys.json ID
 
@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-SCOPES = ("generate", "edit", "metrics", "kiosk")
+SCOPES = ("generate", "edit", "vote", "metrics", "kiosk")
 
 
 @dataclass(frozen=True)

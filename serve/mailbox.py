@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 
-from serve.work import Busy, Event, Failed, Painted, Picture, Progress
+from serve.task import Completed, Event, Failed, Picture, Progress, Rejected
 
 
 class Mailbox:
@@ -44,5 +44,5 @@ class Mailbox:
             while self._events:
                 event = self._events.pop(next(iter(self._events)))
                 yield event
-                if isinstance(event, Painted | Busy | Failed):
+                if isinstance(event, Completed | Rejected | Failed):
                     return

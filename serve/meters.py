@@ -56,6 +56,7 @@ class HttpMeters:
             "momalisa_http_seconds", "Until an answer has been sent", ["route"], buckets=SECONDS, registry=own
         )
         self.refused_prompts = Counter("momalisa_filtered_prompts", "Prompts refused by a check", registry=own)
+        self.votes = Counter("momalisa_votes", "Votes between two checkpoints", registry=own)
         self.jobs = Gauge("momalisa_jobs", "Jobs that are kept", registry=own)
 
 

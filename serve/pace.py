@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 FORGET = 0.95  # what a tick keeps of those before it: about the last twenty count
 FIRST_GUESS_S = 0.05  # a row-step, before anything was measured
 
@@ -27,7 +25,3 @@ class Pace:
     def eta_s(self, row_steps: float) -> float:
         """When so much work, this request's own included, will be done."""
         return row_steps * self.row_step_s
-
-    def retry_after_s(self, row_steps: float) -> int:
-        """Whole seconds, at least one, until so much of the line has moved on."""
-        return max(1, min(3600, math.ceil(self.eta_s(row_steps))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import time
@@ -11,16 +12,16 @@ from dataclasses import replace
 
 import torch
 
-from momalisa import checkpoint
+from momalisa import checkpoint, votes
 from momalisa.config import Settings
 from momalisa.engine import Engine, Request
 from momalisa.storage import Store
 from serve import checks
-from serve.easel import Easel
+from serve.loaded_checkpoint import LoadedCheckpoint
 from serve.meters import Meters
-from serve.studio import Studio
+from serve.scheduler import Scheduler
+from serve.task import Ballot, Event, GenerationTask, State, Unavailable
 from serve.watch import Watch
-from serve.work import Commission, Event, State
 
 logger = logging.getLogger(__name__)
 
@@ -42,18 +43,29 @@ class Generator:
         path = path or checkpoint.read_best(self._store).path
         self.meters = Meters()
         self._name = uuid.uuid4().hex[:8]
-        self._studio = Studio(self._load(path), settings.serve, self.meters)
+        self._challenger_problem = ""
+        self._scheduler = Scheduler(self._load(path), settings.serve, self.meters, self._challenger(settings.serve.challenger))
         every_s = settings.serve.watch_s
-        self._watch = Watch(self._store, path, self._load, self._studio, every_s) if every_s else None
+        self._watch = Watch(self._store, path, self._load, self._scheduler, every_s) if every_s else None
 
-    async def paint(self, commission: Commission) -> AsyncGenerator[Event, None]:
+    async def generate(self, task: GenerationTask) -> AsyncGenerator[Event, None]:
         """Events up to an outcome; closing it frees the rows. Does not raise."""
-        async for event in self._studio.paint(commission):
+        async for event in self._scheduler.generate(task):
             yield event
 
     async def state(self) -> State:
         """What is served; answers while painting too."""
-        return replace(self._studio.state(), problem=self._watch.problem if self._watch else "")
+        problem = self._watch.problem if self._watch else ""
+        return replace(self._scheduler.state(), problem=problem or self._challenger_problem)
+
+    async def vote(self, ballot: Ballot) -> None:
+        """One more file below votes/. Raises Unavailable where the store does not take it."""
+        vote = votes.Vote(ballot.winner, ballot.loser)
+        try:
+            await asyncio.to_thread(votes.cast, self._store, [vote], **ballot.about)
+        except Exception as error:
+            logger.error("a vote was not kept: %s", error)
+            raise Unavailable("the vote could not be kept; try again") from None
 
     async def metrics(self) -> list[tuple[str, str]]:
         """[(name of this process, Prometheus text)]."""
@@ -62,19 +74,28 @@ class Generator:
 
     def check_health(self) -> None:
         """Serve's health check. Raises where nothing can be painted any more: the replica is then replaced."""
-        self._studio.state()
+        self._scheduler.state()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve's autoscaling: what `serve.scaling` decides by."""
-        return self._studio.load()
+        return self._scheduler.load()
 
     def close(self) -> None:
         """Finish what was accepted, then end the threads."""
         if self._watch:
             self._watch.close()
-        self._studio.close()
+        self._scheduler.close()
 
-    def _load(self, path: str) -> Easel:
+    def _challenger(self, name: str) -> LoadedCheckpoint | None:
+        """None where there is none, or it cannot be served: the state then says why, and pictures are drawn all the same."""
+        try:
+            return self._load(checkpoint.find(self._store, name).path) if name else None
+        except Exception as error:
+            self._challenger_problem = f"serve.challenger={name} cannot be served: {error}"
+            logger.error("%s", self._challenger_problem)
+            return None
+
+    def _load(self, path: str) -> LoadedCheckpoint:
         """Verified and warm. Raises NoCheckpoint, ValueError, or GenerationError for weights that paint nothing."""
         started, serve = time.monotonic(), self._settings.serve
         published = checkpoint.read(self._store, path)
@@ -96,4 +117,4 @@ class Generator:
         engine.generate([Request("", steps=1, size_px=serve.size_px, guidance_scale=scale) for scale in (1.0, 7.5)])
         check = checks.picture_check(serve, published.diffusion, self._device)
         logger.info("%s is ready on %s after %.1f s", published.id, self._device, time.monotonic() - started)
-        return Easel(engine, published.id, check)
+        return LoadedCheckpoint(engine, published.id, check)

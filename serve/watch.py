@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 from momalisa import checkpoint
 from momalisa.storage import Store
-from serve.easel import Easel
-from serve.studio import Studio
+from serve.loaded_checkpoint import LoadedCheckpoint
+from serve.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -22,15 +22,17 @@ AGAIN_S = 300.0
 
 
 class Watch:
-    """A thread of its own: painting goes on while weights load. `path` is what is served already."""
+    """A thread of its own: pictures are drawn while weights load. `path` is what is served already."""
 
-    def __init__(self, store: Store, path: str, load: Callable[[str], Easel], studio: Studio, every_s: float) -> None:
-        self._store, self._load, self._studio, self._every_s = store, load, studio, every_s
-        self._served, self._hung = path, path  # what is on the wall, and what was last given to the studio
+    def __init__(
+        self, store: Store, path: str, load: Callable[[str], LoadedCheckpoint], scheduler: Scheduler, every_s: float
+    ) -> None:
+        self._store, self._load, self._scheduler, self._every_s = store, load, scheduler, every_s
+        self._served, self._newest = path, path  # what is the main one, and what the scheduler was last given
         self._given_up: dict[str, float] = {}
         self._ended = threading.Event()
         self.problem = ""
-        studio.on_rejected = self._rejected
+        scheduler.on_given_up = self._canary_failed
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
@@ -41,11 +43,11 @@ class Watch:
         except Exception as error:
             self.problem = f"refs/best cannot be read: {error}"
             return
-        if path == self._hung:
+        if path == self._newest:
             self.problem = ""
         elif path == self._served and self._on_trial():
-            self._studio.withdraw("refs/best was moved back")
-            self._hung, self.problem = path, ""
+            self._scheduler.abort_rollout("refs/best was moved back")
+            self._newest, self.problem = path, ""
         elif time.monotonic() >= self._given_up.get(path, 0.0):
             self._try(path)
 
@@ -58,25 +60,25 @@ class Watch:
             self.look()
 
     def _on_trial(self) -> bool:
-        return bool(self._studio.state().trial)
+        return bool(self._scheduler.state().trial)
 
     def _try(self, path: str) -> None:
         try:
-            easel = self._load(path)
+            new = self._load(path)
         except Exception as error:
             self._give_up(path, f"{path} cannot be served: {error}")
             return
         if not self._on_trial():
-            self._served = self._hung
-        self._hung, self.problem = path, ""
-        self._studio.hang(easel)
-        logger.info("%s is on trial", easel.checkpoint)
+            self._served = self._newest
+        self._newest, self.problem = path, ""
+        self._scheduler.roll_out(new)
+        logger.info("%s is on trial", new.id)
 
-    def _rejected(self, easel: Easel, problem: str) -> None:
-        """The studio's word, from another thread: a trial has failed."""
-        if self._hung != self._served:
-            failed, self._hung = self._hung, self._served
-            self._give_up(failed, f"{easel.checkpoint} failed its trial: {problem}")
+    def _canary_failed(self, new: LoadedCheckpoint, problem: str) -> None:
+        """The scheduler's word, from another thread: a trial has failed."""
+        if self._newest != self._served:
+            failed, self._newest = self._newest, self._served
+            self._give_up(failed, f"{new.id} failed its trial: {problem}")
 
     def _give_up(self, path: str, problem: str) -> None:
         logger.error("%s", problem)

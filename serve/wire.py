@@ -1,7 +1,7 @@
 """OpenAI's images API on the wire: what a request may say.
 
 Beside OpenAI's own fields a request may hold `seed`, `steps`, `guidance_scale`, `sampler`, `negative_prompt`,
-`strength` (edits), `reproducible`, `adapter` and `deadline_s`. Fields that mean nothing here (`user`, `quality`,
+`strength` (edits), `reproducible`, `adapter`, `tier` and `deadline_s`. Fields that mean nothing here (`user`, `quality`,
 `background`, ...) are ignored, and `model` may be anything: the answer says which checkpoint painted.
 """
 
@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from momalisa import config
 from serve.errors import ApiError
-from serve.work import Commission, Sampler
+from serve.task import GenerationTask, Sampler, Tier
 
 MAX_BODY_BYTES = 1_000_000
 MAX_SEED = 2**53 - 1  # the largest whole number that JavaScript keeps exact
@@ -55,6 +55,7 @@ class ImagesRequest(BaseModel):
     reproducible: bool | None = None
     adapter: Annotated[Text, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,80}/[0-9]{1,20}$")] | None = None
     deadline_s: Annotated[float, Field(gt=0)] | None = None
+    tier: Tier | None = None
 
 
 class EditsRequest(ImagesRequest):
@@ -89,6 +90,7 @@ def rules(limits: config.Serve) -> dict[str, str]:
         "reproducible": "true or false",
         "adapter": "a LoRA's checkpoint as run/images, such as impressionists/6400",
         "deadline_s": f"a number of seconds above 0; at most {limits.deadline_s:g} are waited",
+        "tier": "one of " + ", ".join(("full", *limits.tiers)),
         "strength": "a number above 0, and at most 1, that leaves one step to do",
     }
 
@@ -119,6 +121,8 @@ def _check(request: ImagesRequest, limits: config.Serve) -> None:
         raise wrong("n", request.n, limits)
     if request.size is not None and request.size not in sizes(limits):
         raise wrong("size", request.size, limits)
+    if request.tier not in (None, "full", *limits.tiers):
+        raise wrong("tier", request.tier, limits)
 
 
 def wrong(name: str, value: Any, limits: config.Serve) -> ApiError:
@@ -127,19 +131,22 @@ def wrong(name: str, value: Any, limits: config.Serve) -> ApiError:
     return ApiError(400, f"{name} must be {rules(limits)[name]}; got {shown}", name, "invalid_value")
 
 
-def from_json(body: bytes) -> dict[str, Any]:
+EXAMPLE = '{"prompt": "a coffee"}'
+VOTE_EXAMPLE = '{"better": "first"}'
+
+
+def from_json(body: bytes, example: str = EXAMPLE) -> dict[str, Any]:
     """Raises ApiError for what is no JSON object."""
     try:
         value = json.loads(body)
     except (ValueError, RecursionError) as error:
         where = f" (line {error.lineno}, column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
-        raise ApiError(400, f"the body is not JSON{where}; send something like {_EXAMPLE}", code="invalid_json") from None
+        raise ApiError(400, f"the body is not JSON{where}; send something like {example}", code="invalid_json") from None
     if not isinstance(value, dict):
-        raise ApiError(400, f"the body must be a JSON object such as {_EXAMPLE}", code="invalid_json")
+        raise ApiError(400, f"the body must be a JSON object such as {example}", code="invalid_json")
     return value
 
 
-_EXAMPLE = '{"prompt": "a coffee"}'
 WHOLE = re.compile(r"-?[0-9]{1,20}\Z")
 REAL = re.compile(r"-?[0-9]{1,20}(\.[0-9]{0,20})?\Z")
 
@@ -159,15 +166,34 @@ def from_form(fields: dict[str, str]) -> dict[str, Any]:
     return values
 
 
+class VoteRequest(BaseModel):
+    """Which picture of a comparison is better."""
+
+    model_config = ConfigDict(strict=True)
+
+    better: Literal["first", "second"]
+
+
+def better(fields: dict[str, Any]) -> Literal["first", "second"]:
+    """Raises ApiError (400)."""
+    try:
+        return VoteRequest.model_validate(fields).better
+    except ValidationError:
+        raise ApiError(400, 'better must be "first" or "second"', "better", "invalid_value") from None
+
+
+NOT_COMPARED = ("n", "stream", "partial_images", "response_format", "adapter")  # two whole pictures, of two models
+
+
 def revised(prompt: str, prefix: str) -> str:
     """The prompt as the model is asked: the prefix it was trained with, unless the visitor typed it."""
     text = prompt.strip()
     return text if text.lower().startswith(prefix.strip().lower()) else prefix + text
 
 
-def commission(
+def generation_task(
     request: ImagesRequest, limits: config.Serve, image: bytes | None = None, mask: bytes | None = None, **more: Any
-) -> Commission:
+) -> GenerationTask:
     """A valid request with every default filled in; without a seed, a random one. `more`: key, kiosk, trace.
 
     Raises ApiError for a strength that leaves nothing to do.
@@ -177,7 +203,7 @@ def commission(
     strength = (request.strength if isinstance(request, EditsRequest) else None) or (0.8 if mask is None else 1.0)
     if image is not None and int(steps * strength) < 1:
         raise wrong("strength", strength, limits)
-    return Commission(
+    return GenerationTask(
         prompt=revised(request.prompt, limits.prompt_prefix),
         seeds=tuple(first + index for index in range(request.n or 1)),
         steps=steps,
@@ -191,6 +217,7 @@ def commission(
         previews=request.partial_images or 0,
         reproducible=bool(request.reproducible),
         adapter=request.adapter,
+        tier=request.tier or "full",
         deadline_s=min(request.deadline_s or limits.deadline_s, limits.deadline_s),
         **more,
     )

@@ -21,6 +21,9 @@ class Serve(Section):
     """Put before what a visitor types, unless it is there already."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 
+    tiers: tuple[Literal["interval", "draft"], ...] = ()
+    """Speed tiers that a request may ask for; what each saves and costs is in docs/engine.md."""
+
     compile: bool = False
     """Compile the UNet for pictures of size_px before the first request: minutes, or seconds from compile_cache."""
     compile_cache: str = ""
@@ -46,6 +49,8 @@ class Serve(Section):
     cors_origins: tuple[str, ...] = ()
     """Web pages of these origins may call the API, such as https://museum.example."""
     max_upload_bytes: Positive = 8_000_000
+    upload_memory_bytes: Positive = 128_000_000
+    """Uploads that are in memory at once, together; who would send more gets a 503 that says when to try again."""
     max_upload_pixels: Positive = 16_000_000
     forbidden_words: str = ""
     """A file with a word or phrase a line: prompts that hold one are refused as content_filtered."""
@@ -62,9 +67,16 @@ class Serve(Section):
     canary_s: float = Field(default=60, ge=0)
     """How long the trial is; 0: a checkpoint that has loaded and warmed up is served at once."""
 
+    challenger: str = ""
+    """RUN@IMAGES of a checkpoint that visitors may compare with the present one, and vote; it is kept in memory beside it."""
+    votes_per_minute: Positive = 12
+    """Of one API key, or of one address where there are no keys."""
+
     max_jobs: Positive = 256
     job_keep_s: float = Field(default=900, gt=0)
     """How long the pictures of a finished job can be fetched."""
+    max_jobs_bytes: Positive = 256_000_000
+    """Of pictures that finished jobs keep, together; the oldest go first."""
 
     @model_validator(mode="after")
     def _one_request_fits(self) -> Serve:
@@ -73,5 +85,10 @@ class Serve(Section):
             raise ValueError(
                 f"max_pictures_per_request={self.max_pictures_per_request} guided pictures are twice as many rows, and only "
                 f"{most} may wait; try max_waiting_rows and max_waiting_rows_per_key of {2 * self.max_pictures_per_request}"
+            )
+        if 2 * self.max_upload_bytes > self.upload_memory_bytes:
+            raise ValueError(
+                f"max_upload_bytes={self.max_upload_bytes}, of a picture and of its mask, do not fit into "
+                f"upload_memory_bytes={self.upload_memory_bytes}; try upload_memory_bytes of {8 * self.max_upload_bytes}"
             )
         return self

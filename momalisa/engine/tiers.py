@@ -31,7 +31,11 @@ TIERS: dict[Tier, Saving] = {
 }
 
 
+def steps_at(steps: int, tier: Tier) -> int:
+    """How many of the steps that were asked for the tier does."""
+    return max(1, round(steps * TIERS[tier].steps))
+
+
 def at_tier(request: Request, tier: Tier) -> Request:
     """The request as that tier draws it."""
-    saving = TIERS[tier]
-    return replace(request, steps=max(1, round(request.steps * saving.steps)), guidance_interval=saving.guidance_interval)
+    return replace(request, steps=steps_at(request.steps, tier), guidance_interval=TIERS[tier].guidance_interval)

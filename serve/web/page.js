@@ -11,7 +11,6 @@ let shown = null; // the picture on the wall, as a PNG
 const progress = { done: 0, place: null };
 
 const KIND_WORDS = {
-  429: "Many visitors are painting at the moment. Please try again in a little while.",
   401: "This studio is for its own visitors: open it with the address that the museum gave you.",
   403: "This studio is for its own visitors: open it with the address that the museum gave you.",
   502: "The studio is not open yet. Please try again in a minute.",
@@ -30,6 +29,11 @@ for (const idea of document.querySelectorAll(".ideas button")) {
 }
 $("another").addEventListener("click", () => paint(shownPrompt));
 $("like").addEventListener("click", () => paint(shownPrompt, shown));
+$("compare").addEventListener("click", compare);
+$("skip").addEventListener("click", () => put(null));
+for (const button of document.querySelectorAll("[data-better]")) {
+  button.addEventListener("click", () => vote(button.dataset.better));
+}
 $("own").addEventListener("change", () => {
   const file = $("own").files[0];
   $("own").value = "";
@@ -44,6 +48,7 @@ async function paint(words, like = null) {
     return;
   }
   complain("");
+  put(null);
   const started = performance.now();
   const stopClock = begin(started);
   try {
@@ -69,23 +74,79 @@ function headers(more) {
   return key ? { ...more, Authorization: `Bearer ${key}` } : more;
 }
 
+// A second opinion is asked for only where the server has another checkpoint to compare with.
+fetch("healthz").then((answer) => answer.json()).then((health) => ($("compare").hidden = !health.challenger)).catch(() => {});
+
+let pair = null; // two pictures of the words on the wall that wait for a vote
+
+async function compare() {
+  if (painting) return;
+  complain("");
+  put(null);
+  const stopClock = begin(performance.now());
+  try {
+    put(await post("v1/comparisons", { prompt: shownPrompt }));
+    $("question").focus();
+  } catch (error) {
+    complain(error.message);
+  } finally {
+    stopClock("shown");
+  }
+}
+
+// Shows two pictures to choose from, or none.
+function put(compared) {
+  pair = compared;
+  $("thanks").textContent = "";
+  $("pair").hidden = !pair;
+  for (const [index, id] of ["first", "second"].entries()) {
+    URL.revokeObjectURL($(id).src);
+    $(id).removeAttribute("src");
+    if (!pair) continue;
+    $(id).src = URL.createObjectURL(asPng(pair.data[index].b64_json));
+    $(id).alt = `The ${id} picture: ${shownPrompt}`;
+  }
+}
+
+async function vote(better) {
+  if (painting || !pair) return;
+  const { id } = pair;
+  try {
+    await post(`v1/comparisons/${id}/vote`, { better });
+    put(null);
+    $("thanks").textContent = "Thank you: your vote counts for what hangs here next.";
+  } catch (error) {
+    $("thanks").textContent = error.message;
+  }
+}
+
+async function post(path, fields) {
+  const response = await answered(path, { headers: headers({ "Content-Type": "application/json" }), body: JSON.stringify(fields) });
+  return response.json();
+}
+
+// The server's answer, if it is a good one.
+async function answered(path, options) {
+  let response;
+  try {
+    response = await fetch(path, { method: "POST", ...options });
+  } catch {
+    throw new Error("The studio does not answer. Please check the connection and try again.");
+  }
+  if (!response.ok) throw problem(response.status, await response.json().catch(() => ({})), response.headers.get("Retry-After"));
+  return response;
+}
+
 // Asks for words, or for words and a picture to begin from; resolves to the last event of the stream.
 async function ask(words, like, onPreview, onPlace) {
   const body = new FormData();
   const fields = { prompt: words, stream: true, partial_images: 3 };
   for (const [name, value] of Object.entries(fields)) body.append(name, value);
   if (like) body.append("image", like, "picture.png");
-  let response;
-  try {
-    response = await fetch(like ? "v1/images/edits" : "v1/images/generations", {
-      method: "POST",
-      headers: like ? headers({}) : headers({ "Content-Type": "application/json" }),
-      body: like ? body : JSON.stringify(fields),
-    });
-  } catch {
-    throw new Error("The studio does not answer. Please check the connection and try again.");
-  }
-  if (!response.ok) throw problem(response.status, await response.json().catch(() => ({})));
+  const response = await answered(like ? "v1/images/edits" : "v1/images/generations", {
+    headers: like ? headers({}) : headers({ "Content-Type": "application/json" }),
+    body: like ? body : JSON.stringify(fields),
+  });
   let made = null;
   await eachEvent(response.body, (name, data) => {
     if (name === "place") onPlace(data);
@@ -97,8 +158,9 @@ async function ask(words, like, onPreview, onPlace) {
   return made;
 }
 
-function problem(status, answer) {
-  const error = new Error(KIND_WORDS[status] ?? answer.error?.message ?? "Something went wrong. Please try again.");
+function problem(status, answer, waitS = null) {
+  const crowd = `Many visitors are painting at the moment. Please try again in about ${waitS} s.`;
+  const error = new Error((status === 429 && waitS ? crowd : KIND_WORDS[status]) ?? answer.error?.message ?? "Something went wrong. Please try again.");
   error.isAboutThePrompt = answer.error?.param === "prompt";
   return error;
 }

@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,24 +34,32 @@ FLAGS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def server(promoted_root: Path) -> Iterator[str]:
+@contextmanager
+def serving(root: str, limits: config.Serve) -> Iterator[str]:
+    """The service over what is promoted below `root`, at an address of its own."""
     import uvicorn
 
     from serve.api import create_app
     from serve.replica import Generator
 
-    settings = Settings.model_construct(**{**dict(Settings.model_construct()), "root": str(promoted_root), "serve": LIMITS})
+    settings = Settings.model_construct(**{**dict(Settings.model_construct()), "root": root, "serve": limits})
     generator = Generator(settings)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        uvicorn_server = uvicorn.Server(uvicorn.Config(create_app(generator, LIMITS), log_level="warning"))
+        listener.listen(100)  # so that no browser comes too early
+        uvicorn_server = uvicorn.Server(uvicorn.Config(create_app(generator, limits), log_level="warning"))
         thread = threading.Thread(target=uvicorn_server.run, kwargs={"sockets": [listener]})
         thread.start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
         uvicorn_server.should_exit = True
         thread.join(20)
     generator.close()
+
+
+@pytest.fixture(scope="module")
+def server(promoted_root: Path) -> Iterator[str]:
+    with serving(str(promoted_root), LIMITS) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +91,7 @@ def test_words_become_a_picture_that_can_be_kept(page: Any, tmp_path: Path) -> N
     page.keyboard.press("Enter")
     page.wait_for_selector("#canvas[data-state=done]", timeout=30_000)
     assert page.evaluate("document.getElementById('picture').naturalWidth") == 64
+    assert page.is_hidden("#compare")  # there is no second checkpoint
     assert page.inner_text("#title") == "a red boat on a blue sea"
     assert page.inner_text("#checkpoint") == "tiny-64"
     seed = page.inner_text("#seed")
@@ -174,3 +184,39 @@ def test_a_phone_needs_no_sideways_scrolling(browser: Any, server: str) -> None:
     phone.wait_for_selector("#canvas[data-state=done]", timeout=30_000)
     assert phone.evaluate("document.documentElement.scrollWidth") <= 320
     phone.close()
+
+
+def test_a_visitor_compares_two_and_votes(browser: Any, promoted_root: Path, tmp_path: Path) -> None:
+    from momalisa import votes
+    from momalisa.storage import Store
+    from tests.serve.test_watch import publish
+
+    store = Store(str(shutil.copytree(promoted_root, tmp_path / "root")))
+    publish(store, tmp_path, 128)
+    with serving(store.root, LIMITS.model_copy(update={"challenger": "tiny@128"})) as address:
+        phone = browser.new_page(viewport={"width": 320, "height": 640})
+        complaints: list[str] = []
+        phone.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        phone.on("pageerror", lambda error: complaints.append(str(error)))
+        phone.goto(address)
+        phone.click("text=a coffee")
+        phone.wait_for_selector("#canvas[data-state=done]", timeout=30_000)
+        phone.click("#compare")
+        phone.wait_for_selector("#pair", timeout=30_000)
+        for picture in ("first", "second"):
+            phone.locator(f"#{picture}").evaluate("image => image.decode()")
+            assert phone.evaluate(f"document.getElementById('{picture}').naturalWidth") == 64
+        assert "tiny-" not in phone.inner_text("#pair")
+        assert phone.evaluate("document.documentElement.scrollWidth") <= 320
+        phone.screenshot(path=os.environ.get("MOMALISA_PAIR_SCREENSHOT", str(tmp_path / "pair.png")), full_page=True)
+        phone.click("text=The second")
+        phone.locator("#thanks").filter(has_text="Thank you").wait_for()
+        assert phone.is_hidden("#pair")
+        phone.click("#compare")
+        phone.wait_for_selector("#pair", timeout=30_000)
+        phone.click("#skip")
+        assert phone.is_hidden("#pair")
+        phone.close()
+    [vote] = votes.read(store)
+    assert {vote.winner, vote.loser} == {"tiny-64", "tiny-128"}
+    assert complaints == []

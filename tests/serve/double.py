@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from momalisa.engine import Broken, Done, GenerationError, Preview, Request
-from serve.easel import Easel
+from serve.loaded_checkpoint import LoadedCheckpoint
 
 Spoil = Callable[[Request], Any]
 
@@ -72,9 +72,9 @@ class Engine:
         return events
 
 
-def easel(name: str = "old-1", spoil: Spoil | None = None, tick_s: float = 0.001) -> Easel:
+def loaded(name: str = "old-1", spoil: Spoil | None = None, tick_s: float = 0.001) -> LoadedCheckpoint:
     made: Any = Engine(spoil, tick_s)
-    return Easel(made, name)
+    return LoadedCheckpoint(made, name)
 
 
 def nan(request: Request) -> Exception:

@@ -20,7 +20,7 @@ from PIL import Image
 from momalisa import config
 from serve.api import HEADERS, create_app
 from serve.replica import Generator
-from serve.work import Busy, Commission, Event, Failed, Outcome, Painted, Picture, State, Unavailable
+from serve.task import Completed, Event, Failed, GenerationTask, Outcome, Picture, Rejected, State, Unavailable
 
 PATH = "/v1/images/generations"
 LIMITS = config.Serve(size_px=64, steps=1, guidance_scale=1.0, max_pictures_per_request=3, max_prompt_chars=200)
@@ -37,14 +37,14 @@ class FakeBackend:
 
     def __init__(self, outcome: Outcome | None = None) -> None:
         self.outcome = outcome
-        self.asked: list[Commission] = []
+        self.asked: list[GenerationTask] = []
 
-    async def paint(self, commission: Commission) -> AsyncGenerator[Event, None]:
-        self.asked.append(commission)
+    async def generate(self, task: GenerationTask) -> AsyncGenerator[Event, None]:
+        self.asked.append(task)
         if self.outcome is None:
-            for index in range(len(commission.seeds)):
+            for index in range(len(task.seeds)):
                 yield Picture(index, b"png", "fake-1")
-        yield self.outcome or Painted("fake-1")
+        yield self.outcome or Completed("fake-1")
 
     async def state(self) -> State:
         if self.outcome is None:
@@ -134,7 +134,7 @@ async def test_defaults_and_null_are_the_same() -> None:
     async with client_of(backend) as client:
         for body in ({"prompt": "x", "seed": 0}, {"prompt": "x", "seed": 0, **nulls}):
             assert (await client.post(PATH, json=body)).status_code == 200
-    assert backend.asked[0] == backend.asked[1] == Commission("A MOMA artwork of: x", (0,), 1, 1.0, 64, key="127.0.0.1")
+    assert backend.asked[0] == backend.asked[1] == GenerationTask("A MOMA artwork of: x", (0,), 1, 1.0, 64, key="127.0.0.1")
 
 
 WRONG_FIELDS = [
@@ -203,7 +203,7 @@ async def test_a_long_body_is_refused() -> None:
 
 
 async def test_a_full_line_says_when_to_come_back() -> None:
-    async with client_of(FakeBackend(Busy(7))) as client:
+    async with client_of(FakeBackend(Rejected(7))) as client:
         answer = await client.post(PATH, json={"prompt": "x"})
     assert (answer.status_code, answer.headers["Retry-After"]) == (429, "7")
     assert answer.json()["error"]["code"] == "queue_full"
@@ -219,7 +219,7 @@ async def test_failures_of_the_generator(retry: bool, status: int) -> None:
 
 
 async def test_health_and_models(client: httpx.AsyncClient) -> None:
-    shown = {"status": "ok", "checkpoint": "tiny-64", "trial": None, "problem": None}
+    shown = {"status": "ok", "checkpoint": "tiny-64", "trial": None, "problem": None, "challenger": None}
     assert (await client.get("/healthz")).json() == shown
     assert [model["id"] for model in (await client.get("/v1/models")).json()["data"]] == ["tiny-64"]
 
@@ -296,5 +296,31 @@ async def test_a_pictures_own_file_is_enough_to_paint_it_again(client: httpx.Asy
     asked = {"prompt": "a boat", "seed": 7, "steps": 5, "guidance_scale": 3, "negative_prompt": "red", "sampler": "unipc"}
     data = base64.b64decode((await client.post(PATH, json=asked)).json()["data"][0]["b64_json"])
     again = Engine.load(Diffusion(model=str(tiny_base))).generate([from_parameters(read(data))])[0]
+    painted = Image.open(io.BytesIO(data)).tobytes()
+    assert max(abs(a - b) for a, b in zip(painted, again.tobytes(), strict=True)) <= 1
+
+
+async def test_a_speed_tier_where_the_settings_allow_it(generator: Generator, tiny_base: Path) -> None:
+    from momalisa.config import Diffusion
+    from momalisa.engine import Engine, from_parameters
+    from serve.png import read
+
+    asked = {"prompt": "a boat", "seed": 7, "steps": 10, "guidance_scale": 3}
+    limits = LIMITS.model_copy(update={"tiers": ("draft",)})
+    transport = httpx.ASGITransport(create_app(generator, limits))
+    async with httpx.AsyncClient(transport=transport, base_url="http://museum") as client:
+        for tier in ("interval", "fast", 1):
+            answer = await client.post(PATH, json={**asked, "tier": tier})
+            assert answer.status_code == 400
+            assert "tier must be one of full, draft" in answer.json()["error"]["message"]
+        full, draft = [
+            (await client.post(f"{PATH}?debug=trace", json={**asked, "tier": tier})).json() for tier in (None, "draft")
+        ]
+    assert (len(full["trace"]), len(draft["trace"])) == (10, 6)
+    data = base64.b64decode(draft["data"][0]["b64_json"])
+    said = read(data)
+    assert (said["tier"], said["steps"], said["guidance_interval"]) == ("draft", "6", "0.28 5.42")
+    assert "tier" not in read(base64.b64decode(full["data"][0]["b64_json"]))
+    again = Engine.load(Diffusion(model=str(tiny_base))).generate([from_parameters(said)])[0]
     painted = Image.open(io.BytesIO(data)).tobytes()
     assert max(abs(a - b) for a, b in zip(painted, again.tobytes(), strict=True)) <= 1

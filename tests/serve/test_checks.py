@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from momalisa.config import Diffusion
-from serve import checks
+from serve import checks, finishing
 from serve.api import create_app
-from serve.work import Commission, Event, Painted, Picture
+from serve.task import Completed, Event, GenerationTask, Picture
 from tests.serve.conftest import LIMITS
-from tests.serve.double import easel
+from tests.serve.double import loaded
 from tests.serve.test_api import FakeBackend
 
 
@@ -60,10 +60,10 @@ class Withholding(FakeBackend):
         super().__init__()
         self.withheld = withheld
 
-    async def paint(self, commission: Commission) -> AsyncGenerator[Event, None]:
-        for index in range(len(commission.seeds)):
+    async def generate(self, task: GenerationTask) -> AsyncGenerator[Event, None]:
+        for index in range(len(task.seeds)):
             yield Picture(index, None, "x", "not shown") if index in self.withheld else Picture(index, b"png", "x")
-        yield Painted("x")
+        yield Completed("x")
 
 
 async def test_a_withheld_picture_is_said_and_never_black() -> None:
@@ -81,11 +81,12 @@ async def test_a_withheld_picture_is_said_and_never_black() -> None:
         assert '"content_filtered"' in stream.text
 
 
-def test_an_easel_asks_its_check() -> None:
-    wall = easel()
-    wall._check = checks.imported(f"{__name__}:withhold")
+def test_a_finished_picture_is_checked() -> None:
+    checkpoint = loaded()
+    checkpoint.check = checks.imported(f"{__name__}:withhold")
     picture = Image.effect_noise((16, 16), 50).convert("RGB")
-    assert wall.finish(Commission("x", (0,), 1, 1.0, 16), 0, picture) == (None, "this one is withheld")
+    made = finishing.picture(GenerationTask("x", (0,), 1, 1.0, 16), 0, checkpoint, picture)
+    assert made == Picture(0, None, "old-1", "this one is withheld")
 
 
 def test_checks_that_are_not_there_stop_the_server(tmp_path: Path) -> None:

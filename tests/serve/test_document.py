@@ -17,7 +17,7 @@ from schemathesis.specs.openapi import checks
 
 from serve import keys
 from serve.api import create_app
-from serve.work import Commission, Event, Painted, Picture, Progress, Waiting
+from serve.task import Ballot, Completed, Event, GenerationTask, Picture, Progress, State, Waiting
 from tests.serve.conftest import LIMITS
 from tests.serve.test_api import FakeBackend
 
@@ -32,17 +32,23 @@ CHECKS = [
 class Whole(FakeBackend):
     """Says everything that a generator can say."""
 
-    async def paint(self, commission: Commission) -> AsyncGenerator[Event, None]:
+    async def generate(self, task: GenerationTask) -> AsyncGenerator[Event, None]:
         sink = io.BytesIO()
         Image.new("RGB", (8, 8), "red").save(sink, "PNG")
         yield Waiting(1, 0.5)
-        for index in range(len(commission.seeds)):
+        for index in range(len(task.seeds)):
             yield Progress(index, 1, 2, sink.getvalue())
-            yield Picture(index, sink.getvalue(), "fake-1")
-        yield Painted("fake-1", ({"rows": 1},) if commission.trace else ())
+            yield Picture(index, sink.getvalue(), f"fake-{index}")
+        yield Completed("fake-1", ({"rows": 1},) if task.trace else ())
+
+    async def state(self) -> State:
+        return State("fake-0", challenger="fake-1")
+
+    async def vote(self, ballot: Ballot) -> None:
+        pass
 
 
-SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", create_app(Whole(), LIMITS))
+SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", create_app(Whole(), LIMITS.model_copy(update={"tiers": ("draft",)})))
 
 
 @SCHEMA.parametrize()
@@ -69,7 +75,7 @@ def test_a_closed_server_says_so_on_every_route_but_health(closed: Any) -> None:
     found = asyncio.run(answers())
     assert found.pop("get /healthz") == 200
     assert set(found.values()) == {401}
-    assert len(found) == 8
+    assert len(found) == 10
 
 
 def test_pages_of_listed_origins_may_call_and_others_may_not(closed: Any) -> None:
@@ -88,3 +94,12 @@ def test_samplers_are_the_engines() -> None:
     from serve import wire
 
     assert wire.SAMPLERS == SAMPLERS
+
+
+def test_tiers_are_the_engines() -> None:
+    from typing import get_args
+
+    from momalisa.engine.tiers import TIERS
+    from serve.task import Tier
+
+    assert get_args(Tier) == tuple(TIERS)

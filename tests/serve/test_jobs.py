@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -16,10 +17,10 @@ from serve.errors import ApiError
 from serve.jobs import Jobs
 from serve.mailbox import Mailbox
 from serve.stream import EventStream
-from serve.work import Busy, Commission, Event, Failed, Outcome, Painted, Picture, Progress, State, Waiting
+from serve.task import Completed, Event, Failed, GenerationTask, Outcome, Picture, Progress, Rejected, State, Waiting
 from tests.serve.conftest import LIMITS
 
-ORDER = Commission("x", (0,), 1, 1.0, 64, key="me")
+TASK = GenerationTask("x", (0,), 1, 1.0, 64, key="me")
 
 
 class Slow:
@@ -27,11 +28,11 @@ class Slow:
 
     def __init__(self, outcome: Outcome | None = None) -> None:
         self.go, self.closed = asyncio.Event(), 0
-        self.outcome = outcome or Painted("fake-1")
+        self.outcome = outcome or Completed("fake-1")
 
-    async def paint(self, commission: Commission) -> AsyncGenerator[Event, None]:
+    async def generate(self, task: GenerationTask) -> AsyncGenerator[Event, None]:
         try:
-            if isinstance(self.outcome, Busy):
+            if isinstance(self.outcome, Rejected):
                 yield self.outcome
                 return
             yield Waiting(2, 7.5)
@@ -88,32 +89,65 @@ async def test_a_job_tells_its_place_and_two_cancels_are_one() -> None:
 
 
 async def test_a_full_line_and_a_full_store_refuse_jobs() -> None:
-    async with client_of(Slow(Busy(7))) as client:
+    async with client_of(Slow(Rejected(7))) as client:
         answer = await client.post("/v1/jobs", json={"prompt": "x"})
         assert (answer.status_code, answer.headers["Retry-After"]) == (429, "7")
     backend = Slow()
-    jobs = Jobs(backend, 2, 60)
+    jobs = Jobs(backend, 2, 10**6, 60)
     for _ in range(2):
-        await jobs.start(ORDER)
-    with pytest.raises(ApiError, match="2 jobs are kept already"):
-        await jobs.start(ORDER)
+        await jobs.start(TASK)
+    with pytest.raises(ApiError, match="2 jobs are under way already; try again in 8 s"):
+        await jobs.start(TASK)
 
 
 async def test_jobs_are_forgotten_and_are_their_owners() -> None:
     now = 0.0
-    jobs = Jobs(Slow(Failed("no")), 2, 60, lambda: now)
-    job = await jobs.start(ORDER)
+    jobs = Jobs(Slow(Failed("no")), 2, 10**6, 60, lambda: now)
+    job = await jobs.start(TASK)
     with pytest.raises(ApiError):
         jobs.get(job.id, "somebody else")
     jobs._backend.go.set()  # type: ignore[attr-defined]
-    assert job.task is not None
-    await job.task
+    assert job.runner is not None
+    await job.runner
     now = 59.0
     assert jobs.get(job.id, "me").body()["error"]["code"] == "generation_failed"
     now = 61.0
-    with pytest.raises(ApiError, match="there is no job"):
+    with pytest.raises(ApiError, match="is kept no longer") as caught:
         jobs.get(job.id, "me")
+    assert caught.value.status == 410
+    with pytest.raises(ApiError, match="there is no job"):
+        jobs.get(job.id, "somebody else")
     assert len(jobs) == 0
+
+
+class Quick(Slow):
+    """Pictures of 100 bytes at once, or, for steps above 1, never."""
+
+    async def generate(self, task: GenerationTask) -> AsyncGenerator[Event, None]:
+        yield Waiting(0, 1.0)
+        if task.steps > 1:
+            await asyncio.Event().wait()
+        yield Picture(0, b"x" * 100, "fake-1")
+        yield Completed("fake-1")
+
+
+@pytest.mark.parametrize(("max_jobs", "max_bytes"), [(4, 10**6), (10, 350)])
+async def test_the_oldest_finished_jobs_go_first_and_none_that_is_under_way(max_jobs: int, max_bytes: int) -> None:
+    jobs = Jobs(Quick(), max_jobs, max_bytes, 60)
+    waiting = await jobs.start(replace(TASK, steps=2))
+    made = []
+    for _ in range(8):
+        made.append(await jobs.start(TASK))
+        assert made[-1].runner is not None
+        await made[-1].runner
+    assert waiting.status == jobs.get(waiting.id, "me").status == "running"
+    assert [jobs.get(job.id, "me").status for job in made[5:]] == ["completed"] * 3
+    assert len(jobs) == 4
+    for job in made[:5]:
+        with pytest.raises(ApiError) as caught:
+            jobs.get(job.id, "me")
+        assert (caught.value.status, caught.value.code) == (410, "job_gone")
+    jobs.cancel(waiting)
 
 
 async def test_a_stream_has_openais_events_and_tells_the_place_in_comments() -> None:
@@ -130,7 +164,7 @@ async def test_a_stream_has_openais_events_and_tells_the_place_in_comments() -> 
 
 
 async def test_a_full_line_is_a_429_and_no_stream() -> None:
-    async with client_of(Slow(Busy(7))) as client:
+    async with client_of(Slow(Rejected(7))) as client:
         answer = await client.post("/v1/images/generations", json={"prompt": "x", "stream": True})
     assert (answer.status_code, answer.headers["Retry-After"]) == (429, "7")
 
@@ -177,20 +211,20 @@ async def test_a_mailbox_that_nobody_reads_holds_one_of_a_kind() -> None:
         box.post(Waiting(number, 1.0))
         box.post(Progress(0, number, 1000, b"preview"))
     box.post(Picture(0, b"png", "x"))
-    box.post(Painted("x"))
+    box.post(Completed("x"))
     await asyncio.sleep(0.01)
     assert len(box) == 4
     events = [event async for event in box.events()]
-    assert events == [Waiting(999, 1.0), Progress(0, 999, 1000, b"preview"), Picture(0, b"png", "x"), Painted("x")]
+    assert events == [Waiting(999, 1.0), Progress(0, 999, 1000, b"preview"), Picture(0, b"png", "x"), Completed("x")]
 
 
 async def test_a_generator_that_says_nothing_more_is_a_503() -> None:
     class Lost(Slow):
-        async def paint(self, commission: Commission) -> AsyncGenerator[Event, None]:
+        async def generate(self, task: GenerationTask) -> AsyncGenerator[Event, None]:
             yield Waiting(1, 1.0)
 
     with pytest.raises(ApiError) as caught:
-        await collect(Lost(), ORDER)
+        await collect(Lost(), TASK)
     assert caught.value.status == 503
 
 

@@ -88,11 +88,9 @@ def test_waiting_times_follow_the_measured_pace() -> None:
         pace.tick(0.2, 10)
     assert pace.row_step_s == pytest.approx(0.02)
     assert pace.eta_s(100) == pytest.approx(2.0)
-    assert pace.retry_after_s(100) in (2, 3)
     for _ in range(100):
         pace.tick(0.1, 10)
     assert pace.row_step_s == pytest.approx(0.01, rel=0.02)
-    assert pace.retry_after_s(0) == 1
     before = pace.row_step_s
     pace.tick(0.1, 0)  # decoding is part of the work
     assert pace.row_step_s > before

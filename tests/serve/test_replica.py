@@ -55,7 +55,7 @@ def test_what_is_served_has_the_checkpoint_s_text_encoder_and_its_threads(settin
     generator = Generator(settings.model_copy(update={"root": store.root, "serve": serve}), found.path)
     try:
         assert torch.get_num_threads() == 2
-        engine = generator._studio._main.engine
+        engine = generator._scheduler._rollout.main.engine
         text_encoder = checkpoint.load_text_encoder(store, found)
         expected = Engine.load(found.diffusion, checkpoint.load_unet(store, found), text_encoder=text_encoder)
         request = Request("a red boat", seed=3, steps=2, size_px=64)

@@ -16,9 +16,9 @@ from momalisa.config import Settings
 from momalisa.storage import Store
 from serve.answers import collect
 from serve.replica import Generator
-from serve.work import Commission
+from serve.task import GenerationTask
 
-ORDER = Commission("x", (0,), 2, 1.0, 64)
+TASK = GenerationTask("x", (0,), 2, 1.0, 64)
 
 
 @pytest.fixture
@@ -71,14 +71,14 @@ async def test_a_promotion_while_visitors_paint(running: Generator, store: Store
 
     async def visitor() -> None:
         while not stop.is_set():
-            pictures, _ = await collect(running, ORDER)  # raises where no picture comes
+            pictures, _ = await collect(running, TASK)  # raises where no picture comes
             painted.append(pictures[0].checkpoint)
 
     visitors = [asyncio.create_task(visitor()) for _ in range(3)]
     path = await asyncio.to_thread(publish, store, tmp_path, 128)
     promote(store, path)
     await until_state(running, checkpoint="tiny-128")
-    await collect(running, ORDER)
+    await collect(running, TASK)
     stop.set()
     await asyncio.gather(*visitors)
     assert {"tiny-64", "tiny-128"} == set(painted)
@@ -100,7 +100,7 @@ async def test_a_corrupt_checkpoint_is_never_served(running: Generator, store: S
     while (await running.state()).problem:
         assert time.monotonic() < end
         await asyncio.sleep(0.05)
-    assert (await collect(running, ORDER))[0][0].checkpoint == "tiny-64"
+    assert (await collect(running, TASK))[0][0].checkpoint == "tiny-64"
 
 
 async def test_weights_that_paint_nothing_are_found_out_before_anybody_sees_them(
@@ -113,4 +113,4 @@ async def test_weights_that_paint_nothing_are_found_out_before_anybody_sees_them
     await until_state(running, problem="holds no complete checkpoint")
     store.write_json(checkpoint.BEST, {})
     await until_state(running, problem="refs/best cannot be read")
-    assert (await collect(running, ORDER))[0][0].checkpoint == "tiny-64"
+    assert (await collect(running, TASK))[0][0].checkpoint == "tiny-64"

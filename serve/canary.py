@@ -14,8 +14,8 @@ ENOUGH = 5  # pictures of each, before times are compared
 
 
 @dataclass
-class Trial:
-    """`share` of the tickets until `ends_at` seconds on the caller's clock."""
+class Canary:
+    """`share` of the tasks until `ends_at` seconds on the caller's clock."""
 
     share: float
     ends_at: float
@@ -25,14 +25,14 @@ class Trial:
     _step_s: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})
 
     def next_is_new(self) -> bool:
-        """Whether the next ticket goes to the new checkpoint: evenly spread, not by chance."""
+        """Whether the next task goes to the new checkpoint: evenly spread, not by chance."""
         self._due += self.share
         if self._due < 1:
             return False
         self._due -= 1
         return True
 
-    def painted(self, new: bool, step_s: float) -> None:
+    def note_picture(self, new: bool, step_s: float) -> None:
         """A picture came, after so many seconds a step."""
         self.pictures += new
         times = self._step_s[new]

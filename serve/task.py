@@ -1,4 +1,4 @@
-"""What passes between the HTTP layer and a generator: a commission one way, events the other way.
+"""What passes between the HTTP layer and a generator: a task one way, events the other way.
 
 Plain data, so that the HTTP layer needs no torch and its tests need no Ray.
 """
@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 Sampler = Literal["ddim", "euler", "dpmpp_2m", "dpmpp_2m_karras", "unipc"]  # as momalisa.engine, which imports torch
+Tier = Literal["full", "interval", "draft"]  # as momalisa.engine.tiers
 
 
 @dataclass(frozen=True)
-class Commission:
+class GenerationTask:
     """A visitor's order: one picture for each seed."""
 
     prompt: str  # complete, with the prefix
@@ -33,6 +34,8 @@ class Commission:
     kiosk: bool = False  # the priority lane
     deadline_s: float = 300.0
     trace: bool = False
+    tier: Tier = "full"
+    compare: bool = False  # one seed, twice: the second picture is the challenger's
 
     @property
     def rows(self) -> int:
@@ -42,7 +45,7 @@ class Commission:
 
 @dataclass(frozen=True)
 class Waiting:
-    """In line: `position` commissions go first; finished in about `eta_s` seconds."""
+    """In line: `position` tasks go first; finished in about `eta_s` seconds."""
 
     position: int
     eta_s: float
@@ -69,15 +72,15 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Painted:
-    """Every picture has come. `ticks`: what the commission went through, where a trace was asked for."""
+class Completed:
+    """Every picture has come. `ticks`: what the task went through, where a trace was asked for."""
 
     checkpoint: str
     ticks: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
-class Busy:
+class Rejected:
     """Not accepted: the line is full; a place is likely free after this long."""
 
     retry_after_s: int
@@ -94,7 +97,7 @@ class Failed:
     wrong: bool = False  # the request cannot be, as only the engine could tell
 
 
-Outcome = Painted | Busy | Failed
+Outcome = Completed | Rejected | Failed
 Event = Waiting | Progress | Picture | Outcome
 
 
@@ -106,16 +109,29 @@ class State:
     trial: str = ""  # a newer checkpoint that gets a share of the requests
     problem: str = ""  # why refs/best is not what is served
     waiting: int = 0  # pictures in line
+    challenger: str = ""  # a checkpoint that visitors may compare with the present one
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """A visitor's vote between two checkpoints, and what the pictures had in common (no words)."""
+
+    winner: str
+    loser: str
+    about: dict[str, int | float]
 
 
 class Backend(Protocol):
     """What the HTTP layer needs: a generator in this process, or a handle to replicas elsewhere."""
 
-    def paint(self, commission: Commission) -> AsyncGenerator[Event, None]:
-        """Events; the last is an Outcome, Busy comes first or never. Closing it frees the rows. Does not raise."""
+    def generate(self, task: GenerationTask) -> AsyncGenerator[Event, None]:
+        """Events; the last is an Outcome, Rejected comes first or never. Closing it frees the rows. Does not raise."""
 
     async def state(self) -> State:
         """From a live generator. Raises Unavailable."""
+
+    async def vote(self, ballot: Ballot) -> None:
+        """Keep a vote where promotion reads it. Raises Unavailable where it is not kept."""
 
     async def metrics(self) -> list[tuple[str, str]]:
         """(replica, Prometheus text) of every live generator."""

@@ -20,8 +20,8 @@ KIOSK_RUN = 3
 
 
 @dataclass(eq=False)
-class Place:
-    """One picture's place in line."""
+class QueueItem:
+    """One picture's item in line."""
 
     key: str
     rows: int
@@ -33,7 +33,7 @@ class Place:
         return self.rows * self.steps
 
 
-P = TypeVar("P", bound=Place)
+P = TypeVar("P", bound=QueueItem)
 
 
 @dataclass
@@ -44,11 +44,11 @@ class Lane(Generic[P]):
     clocks: dict[str, float] = field(default_factory=dict)
     queues: dict[str, deque[P]] = field(default_factory=dict)
 
-    def add(self, place: P) -> None:
-        if place.key not in self.queues:
-            self.queues[place.key] = deque()
-            self.clocks[place.key] = max(self.now, self.clocks.get(place.key, 0.0))
-        self.queues[place.key].append(place)
+    def add(self, item: P) -> None:
+        if item.key not in self.queues:
+            self.queues[item.key] = deque()
+            self.clocks[item.key] = max(self.now, self.clocks.get(item.key, 0.0))
+        self.queues[item.key].append(item)
 
     def head(self) -> P | None:
         if not self.queues:
@@ -57,19 +57,19 @@ class Lane(Generic[P]):
 
     def pop(self) -> P:
         """The head; its key's clock pays for it."""
-        place = self.head()
-        assert place is not None
-        self.now = self.clocks[place.key]
-        self.clocks[place.key] += place.row_steps
-        self.remove(place)
-        return place
+        item = self.head()
+        assert item is not None
+        self.now = self.clocks[item.key]
+        self.clocks[item.key] += item.row_steps
+        self.remove(item)
+        return item
 
-    def remove(self, place: P) -> None:
+    def remove(self, item: P) -> None:
         """Leave without paying. Raises ValueError for one that is not here."""
-        queue = self.queues[place.key]
-        queue.remove(place)
+        queue = self.queues[item.key]
+        queue.remove(item)
         if not queue:
-            del self.queues[place.key]
+            del self.queues[item.key]
         self.clocks = {key: clock for key, clock in self.clocks.items() if key in self.queues or clock > self.now}
 
     def order(self) -> Iterator[P]:
@@ -78,13 +78,13 @@ class Lane(Generic[P]):
         heap = [(self.clocks[key], rank[key], iter(queue)) for key, queue in self.queues.items()]
         heapq.heapify(heap)
         while heap:
-            clock, number, places = heapq.heappop(heap)
-            if (place := next(places, None)) is not None:
-                yield place
-                heapq.heappush(heap, (clock + place.row_steps, number, places))
+            clock, number, items = heapq.heappop(heap)
+            if (item := next(items, None)) is not None:
+                yield item
+                heapq.heappush(heap, (clock + item.row_steps, number, items))
 
 
-class Line(Generic[P]):
+class FairQueue(Generic[P]):
     """Bounded by `max_rows`, and `max_rows_per_key` for each key; the kiosk has its own bound of a key."""
 
     def __init__(self, max_rows: int, max_rows_per_key: int) -> None:
@@ -98,8 +98,8 @@ class Line(Generic[P]):
     def __len__(self) -> int:
         return len(self._members)
 
-    def __contains__(self, place: object) -> bool:
-        return place in self._members
+    def __contains__(self, item: object) -> bool:
+        return item in self._members
 
     @property
     def rows(self) -> int:
@@ -110,29 +110,29 @@ class Line(Generic[P]):
         own = self.rows_by_key.get(key, 0) + rows - self.max_rows_per_key
         return own if kiosk else max(own, self.rows + rows - self.max_rows)
 
-    def add(self, place: P) -> None:
+    def add(self, item: P) -> None:
         """The caller has asked `excess`."""
-        (self._kiosk if place.kiosk else self._visitors).add(place)
-        self._members.add(place)
-        self.rows_by_key[place.key] = self.rows_by_key.get(place.key, 0) + place.rows
-        self.row_steps += place.row_steps
+        (self._kiosk if item.kiosk else self._visitors).add(item)
+        self._members.add(item)
+        self.rows_by_key[item.key] = self.rows_by_key.get(item.key, 0) + item.rows
+        self.row_steps += item.row_steps
 
     def take(self, free_rows: int) -> P | None:
         """The next picture if it fits into the free rows. A large one is waited for: small ones never pass it by."""
         lane = self._next_lane(self._run, self._kiosk.head(), self._visitors.head())
-        place = lane.head()
-        if place is None or place.rows > free_rows:
+        item = lane.head()
+        if item is None or item.rows > free_rows:
             return None
         lane.pop()
-        self._run = self._run + 1 if place.kiosk else 0
-        self._forget(place)
-        return place
+        self._run = self._run + 1 if item.kiosk else 0
+        self._forget(item)
+        return item
 
-    def remove(self, place: P) -> None:
+    def remove(self, item: P) -> None:
         """Leave the line; who is not in it has left already."""
-        if place in self._members:
-            (self._kiosk if place.kiosk else self._visitors).remove(place)
-            self._forget(place)
+        if item in self._members:
+            (self._kiosk if item.kiosk else self._visitors).remove(item)
+            self._forget(item)
 
     def order(self) -> list[P]:
         """Everybody, as they would be taken if nobody else came."""
@@ -147,9 +147,9 @@ class Line(Generic[P]):
     def _next_lane(self, run: int, kiosk: P | None, visitor: P | None) -> Lane[P]:
         return self._kiosk if kiosk is not None and (run < KIOSK_RUN or visitor is None) else self._visitors
 
-    def _forget(self, place: P) -> None:
-        self._members.discard(place)
-        self.row_steps -= place.row_steps
-        self.rows_by_key[place.key] -= place.rows
-        if not self.rows_by_key[place.key]:
-            del self.rows_by_key[place.key]
+    def _forget(self, item: P) -> None:
+        self._members.discard(item)
+        self.row_steps -= item.row_steps
+        self.rows_by_key[item.key] -= item.rows
+        if not self.rows_by_key[item.key]:
+            del self.rows_by_key[item.key]

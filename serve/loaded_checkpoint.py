@@ -1,0 +1,73 @@
+"""A checkpoint that is ready: its weights in an engine, and the samples that the engine is drawing."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+from PIL import Image
+
+from momalisa.engine import Engine, Request
+from momalisa.engine.tiers import at_tier
+from serve.sample import Sample
+from serve.task import GenerationTask
+
+PictureCheck = Callable[[Image.Image], str | None]
+
+
+class LoadedCheckpoint:
+    """`running`: the samples in the engine's batch, by the engine's numbers; the scheduler keeps them.
+
+    `check`: what finished pictures must pass.
+    """
+
+    def __init__(self, engine: Engine, id_: str, check: PictureCheck | None = None) -> None:
+        self.engine, self.id, self.check = engine, id_, check
+        self.running: dict[int, Sample] = {}
+        self.pending_row_steps = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of the UNet's batch that its samples take."""
+        return sum(sample.rows for sample in self.running.values())
+
+    def count(self) -> None:
+        """Note how much work is left, for threads that may not ask the engine."""
+        self.pending_row_steps = self.engine.pending_row_steps
+
+    def start(self, sample: Sample, now: float) -> None:
+        """Put a sample into the engine's batch. Raises ValueError for a request that cannot be."""
+        sample.id = self.engine.submit(request_of(sample.active.task, sample.index))
+        sample.checkpoint, sample.started_at = self, now
+        self.running[sample.id] = sample
+        self.count()
+
+    def cancel(self, sample: Sample) -> None:
+        """Give a sample's rows back; one that is not running stays as it is."""
+        if self.running.pop(sample.id, None) is not None:
+            self.engine.cancel(sample.id)
+            self.count()
+
+
+def request_of(task: GenerationTask, index: int) -> Request:
+    """The engine's request for one of a task's seeds."""
+    request = Request(
+        prompt=task.prompt,
+        seed=task.seeds[index],
+        steps=task.steps,
+        guidance_scale=task.guidance_scale,
+        negative_prompt=task.negative_prompt,
+        size_px=task.size_px,
+        sampler=task.sampler,
+        image=_opened(task.image, "RGB"),
+        strength=task.strength,
+        mask=_opened(task.mask, "L"),
+        previews=task.previews,
+        reproducible=task.reproducible,
+        adapter=task.adapter,
+    )
+    return at_tier(request, task.tier)
+
+
+def _opened(data: bytes | None, mode: str) -> Image.Image | None:
+    return None if data is None else Image.open(io.BytesIO(data)).convert(mode)

@@ -1,0 +1,317 @@
+"""One thread that ticks the engines, and between two ticks starts, stops and rolls out.
+
+    generate() in the event loop -> admission -> [thread: start, tick, start, tick, ...] -> finishing threads -> mailbox
+
+Only the thread calls an engine. Between two ticks it takes away who has left or is late, and starts who is next as rows
+are free: nobody waits longer than a tick for either. A new checkpoint's engine is ticked beside the old one, gets its
+share while it is a canary, and then everything; the old one is ticked until its last picture is done.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import aclosing
+from functools import partial
+
+from momalisa.config import Serve
+from momalisa.engine import Broken, Preview
+from momalisa.engine.events import Event as EngineEvent
+from serve import finishing
+from serve.admission import Admission
+from serve.canary import Canary
+from serve.loaded_checkpoint import LoadedCheckpoint
+from serve.mailbox import Mailbox
+from serve.meters import Meters
+from serve.rollout import Rollout
+from serve.sample import ActiveTask, Sample
+from serve.task import Completed, Event, Failed, GenerationTask, Outcome, Picture, Progress, State, Waiting
+
+logger = logging.getLogger(__name__)
+
+NEWS_S = 0.5  # how often places in line are told
+
+
+class Scheduler:
+    """Ask from event loops; `clock` in seconds."""
+
+    def __init__(
+        self,
+        main: LoadedCheckpoint,
+        limits: Serve,
+        meters: Meters,
+        challenger: LoadedCheckpoint | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._limits, self._meters, self._clock = limits, meters, clock
+        self._rollout, self._admission = Rollout(main, challenger), Admission(limits, meters)
+        self._active: set[ActiveTask] = set()
+        self._leaving: list[Sample] = []
+        self._finishing = 0
+        self._told_at = -math.inf
+        self._broken: BaseException | None = None
+        self._closing = False
+        self._wake = threading.Condition()
+        self.on_given_up: Callable[[LoadedCheckpoint, str], None] = lambda checkpoint, problem: None
+        self._finishers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="finish")
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    # ---- from the event loop
+
+    async def generate(self, task: GenerationTask) -> AsyncGenerator[Event, None]:
+        """Rejected, or events up to an outcome. Closing the generator gives the rows back."""
+        active = ActiveTask(task, Mailbox(), self._clock())
+        if refusal := self._enter(active):
+            yield refusal
+            return
+        try:
+            async with aclosing(active.mailbox.events()) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self._leave(active)
+
+    def state(self) -> State:
+        """Raises RuntimeError where the engine's thread has ended."""
+        if self._broken is not None:
+            raise RuntimeError("the engine's thread has ended") from self._broken
+        with self._wake:
+            main, new, challenger = self._rollout.main, self._rollout.new, self._rollout.challenger
+            return State(
+                main.id,
+                trial=new.id if new else "",
+                waiting=len(self._admission),
+                challenger=challenger.id if challenger else "",
+            )
+
+    def load(self) -> dict[str, float]:
+        """Work that is accepted and not done, in row-steps and in seconds."""
+        with self._wake:
+            row_steps = float(self._pending_row_steps())
+            return {"pending_row_steps": row_steps, "pending_s": self._admission.pace.eta_s(row_steps)}
+
+    def roll_out(self, new: LoadedCheckpoint) -> None:
+        """Give tasks to a new checkpoint: a share of them first, where a canary is set."""
+        with self._wake:
+            if self._rollout.canary is not None:
+                self._rollout.fail("replaced by a newer one")
+                self._end_canary()
+            share = self._limits.canary_share if self._limits.canary_s else 0.0
+            self._rollout.start(new, Canary(share, self._clock() + self._limits.canary_s))
+            self._wake.notify()
+
+    def abort_rollout(self, problem: str) -> None:
+        """End a canary that is going on: everything goes to the old checkpoint again."""
+        with self._wake:
+            self._rollout.fail(problem)
+            self._wake.notify()
+
+    def close(self) -> None:
+        """Finish what was accepted, then end the thread."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+        for checkpoint in self._rollout.checkpoints():
+            checkpoint.engine.close()
+        self._finishers.shutdown()
+
+    def _enter(self, active: ActiveTask) -> Outcome | None:
+        with self._wake:
+            if self._closing or self._broken is not None:
+                return Failed("this generator is closing; try again", retry=True)
+            answer = self._admission.admit(active, self._at_work())
+            if not isinstance(answer, Waiting):
+                return answer
+            self._active.add(active)
+            active.mailbox.post(answer)
+            self._wake.notify()
+        return None
+
+    def _leave(self, active: ActiveTask) -> None:
+        with self._wake:
+            if not active.closed:
+                self._meters.outcomes.labels("left").inc()
+                self._close(active)
+            self._wake.notify()
+
+    # ---- under the lock
+
+    def _running(self) -> list[Sample]:
+        return [sample for checkpoint in self._rollout.checkpoints() for sample in checkpoint.running.values()]
+
+    def _at_work(self) -> int:
+        return sum(checkpoint.pending_row_steps for checkpoint in self._rollout.checkpoints())
+
+    def _pending_row_steps(self) -> int:
+        return self._admission.row_steps + self._at_work()
+
+    def _close(self, active: ActiveTask, outcome: Outcome | None = None) -> None:
+        """Nothing more comes for a task: its rows and its places in line are given back."""
+        active.closed = True
+        self._active.discard(active)
+        self._admission.remove(active)
+        self._leaving += [sample for sample in active.samples if sample.checkpoint is not None]
+        active.samples = []
+        if outcome is not None:
+            active.mailbox.post(outcome)
+            self._meters.outcomes.labels("painted" if isinstance(outcome, Completed) else "failed").inc()
+
+    # ---- in the engine's thread
+
+    def _run(self) -> None:
+        try:
+            while self._prepare():
+                for checkpoint in self._rollout.checkpoints():
+                    self._tick(checkpoint)
+        except BaseException as error:
+            logger.exception("the engine's thread ends")
+            with self._wake:
+                self._broken = error
+                for active in list(self._active):
+                    self._close(active, Failed("the generator failed; try again", retry=True))
+
+    def _prepare(self) -> bool:
+        """Everything between two ticks; waits where there is nothing to do. False: closed and done."""
+        with self._wake:
+            while True:
+                self._dismiss()
+                if self._rollout.decided(self._clock()):
+                    self._end_canary()
+                self._start()
+                self._tell()
+                if self._running():
+                    return True
+                if self._closing and not self._active:
+                    return False
+                self._wake.wait(0.05 if self._active or self._rollout.canary else 1.0)
+
+    def _dismiss(self) -> None:
+        """Who has left, who is late, and checkpoints that have nothing more to do."""
+        now = self._clock()
+        for active in [active for active in self._active if now > active.late_at]:
+            seconds = f"{active.task.deadline_s:.0f}"
+            self._close(active, Failed(f"not painted within {seconds} s; try again when there are fewer visitors", late=True))
+        for sample in self._leaving:
+            if sample.checkpoint is not None:
+                sample.checkpoint.cancel(sample)
+        self._leaving.clear()
+        self._rollout.retire()
+
+    def _end_canary(self) -> None:
+        """The new checkpoint gets everything, or nothing: then its pictures are drawn again with the old one."""
+        new, problem = self._rollout.end()
+        if problem:
+            self._meters.rollbacks.inc()
+            for sample in new.running.values():
+                self._once_more(sample)
+            self._leaving += new.running.values()  # its engine is told by the thread, in `_dismiss`
+            self.on_given_up(new, problem)
+
+    def _once_more(self, sample: Sample) -> None:
+        if sample in sample.active.samples:  # else it has left, or is being drawn again already
+            sample.active.checkpoint = self._rollout.main
+            self._admission.requeue(sample.again())
+
+    def _start(self) -> None:
+        """Give free rows to who is next, unless finished pictures pile up."""
+        free = self._limits.max_rows - sum(checkpoint.rows for checkpoint in self._rollout.checkpoints())
+        while free > 0 and self._finishing < 2 * self._limits.max_rows:
+            sample = self._admission.next(free)
+            if sample is None:
+                return
+            try:
+                self._rollout.choose(sample).start(sample, self._clock())
+                free -= sample.rows
+            except ValueError as error:
+                self._close(sample.active, Failed(str(error), wrong=True))
+
+    def _tell(self) -> None:
+        """Everybody their place, now and then."""
+        now = self._clock()
+        if now - self._told_at < NEWS_S:
+            return
+        self._told_at = now
+        for active, place in self._admission.places(self._running(), self._at_work()).items():
+            active.mailbox.post(place)
+        self._meters.waiting.set(len(self._admission))
+        self._meters.pending_row_steps.set(self._pending_row_steps())
+        self._meters.served(self._rollout.main.id, self._rollout.new.id if self._rollout.new else "")
+
+    def _tick(self, checkpoint: LoadedCheckpoint) -> None:
+        if not checkpoint.running:
+            return
+        before, started = checkpoint.engine.pending_row_steps, self._clock()
+        events = checkpoint.engine.tick()
+        seconds = self._clock() - started
+        rows = before - checkpoint.engine.pending_row_steps  # of the UNet's batch; none where pictures were only decoded
+        self._admission.pace.tick(seconds, rows)
+        self._meters.tick_s.observe(seconds)
+        self._meters.tick_rows.observe(rows)
+        with self._wake:
+            checkpoint.count()
+            for active in {sample.active for sample in checkpoint.running.values() if sample.active.task.trace}:
+                active.note_tick(started, seconds, rows, checkpoint.id)
+            for event in events:
+                self._handle(checkpoint, event)
+
+    def _handle(self, checkpoint: LoadedCheckpoint, event: EngineEvent) -> None:
+        running = checkpoint.running
+        sample = running.get(event.id) if isinstance(event, Preview) else running.pop(event.id, None)
+        if sample is None:
+            return  # it has left
+        if isinstance(event, Broken):
+            self._spoilt(sample, checkpoint, str(event.error))
+            return
+        self._finishing += 1
+        future = self._finishers.submit(finishing.finished, sample, checkpoint, event)
+        future.add_done_callback(partial(self._finished, sample, checkpoint))
+
+    def _spoilt(self, sample: Sample, checkpoint: LoadedCheckpoint, problem: str) -> None:
+        """No picture came. Where it is not the main checkpoint's, that one draws it again; else the visitor is told."""
+        if checkpoint is not self._rollout.main:
+            logger.warning("%s: a picture failed: %s", checkpoint.id, problem)
+            self._once_more(sample)
+            if checkpoint is self._rollout.new and sample.active.task.adapter is None:
+                self._rollout.fail(problem)
+            return
+        logger.error("a picture failed: %s", problem)
+        if not sample.active.closed:
+            self._close(sample.active, Failed("the picture could not be painted: the server's log says why"))
+
+    # ---- in a finishing thread
+
+    def _finished(self, sample: Sample, checkpoint: LoadedCheckpoint, future: Future[Picture | Progress]) -> None:
+        error = future.exception()
+        with self._wake:
+            self._finishing -= 1
+            if error is not None:
+                logger.error("a picture could not be finished", exc_info=error)
+                self._spoilt(sample, checkpoint, f"{type(error).__name__}: {error}")
+            else:
+                self._deliver(sample, checkpoint, future.result())
+            self._wake.notify()
+
+    def _deliver(self, sample: Sample, checkpoint: LoadedCheckpoint, made: Picture | Progress) -> None:
+        active, now = sample.active, self._clock()
+        if isinstance(made, Progress):
+            active.mailbox.post(made)
+            if not active.previewed:
+                active.previewed = True
+                self._meters.first_preview_s.observe(now - active.entered_at)
+            return
+        self._rollout.note_picture(checkpoint, (now - sample.started_at) / sample.steps)
+        if sample not in active.samples:
+            return  # it has left, or is being drawn again
+        self._meters.pictures.inc()
+        if made.filtered:
+            self._meters.filtered.labels("picture").inc()
+        active.mailbox.post(made)
+        active.samples.remove(sample)
+        if not active.samples:
+            self._close(active, Completed(checkpoint.id, tuple(active.ticks)))

@@ -1,0 +1,269 @@
+"""The scheduler: starting, leaving, deadlines, failures, and a new checkpoint's trial. The engine is a double."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from momalisa.config import Serve
+from serve.loaded_checkpoint import LoadedCheckpoint
+from serve.meters import Meters
+from serve.scheduler import Scheduler
+from serve.task import Completed, Event, Failed, GenerationTask, Picture, Progress, Rejected, Waiting
+from tests.serve.double import black, loaded, nan
+
+LIMITS = Serve(max_rows=4, max_waiting_rows=16, max_waiting_rows_per_key=16, deadline_s=60, canary_share=0.5, canary_s=60)
+
+
+def task_of(pictures: int = 1, steps: int = 3, **more: Any) -> GenerationTask:
+    return GenerationTask(more.pop("prompt", "x"), tuple(range(pictures)), steps, more.pop("guidance_scale", 1.0), 16, **more)
+
+
+async def events_of(scheduler: Scheduler, task: GenerationTask) -> list[Event]:
+    async with aclosing(scheduler.generate(task)) as events:
+        return [event async for event in events]
+
+
+async def outcome_of(scheduler: Scheduler, task: GenerationTask) -> Event:
+    return (await events_of(scheduler, task))[-1]
+
+
+async def until(what: Callable[[], Any]) -> None:
+    end = time.monotonic() + 10
+    while not what():
+        assert time.monotonic() < end, "it never came"
+        await asyncio.sleep(0.005)
+
+
+Schedulers = Callable[..., Scheduler]
+
+
+@pytest.fixture
+async def schedulers() -> AsyncIterator[Schedulers]:
+    made: list[Scheduler] = []
+
+    def started(first: LoadedCheckpoint, limits: Serve = LIMITS) -> Scheduler:
+        made.append(Scheduler(first, limits, Meters()))
+        return made[-1]
+
+    yield started
+    for scheduler in made:
+        for one in scheduler._rollout.checkpoints():
+            one.engine.paused = False  # type: ignore[attr-defined]
+        await asyncio.to_thread(scheduler.close)
+
+
+async def test_every_picture_comes_once_and_says_who_painted_it(schedulers: Schedulers) -> None:
+    events = await events_of(schedulers(loaded()), task_of(3))
+    pictures = [event for event in events if isinstance(event, Picture)]
+    assert sorted(picture.index for picture in pictures) == [0, 1, 2]
+    for picture in pictures:
+        assert picture.png is not None
+        with Image.open(io.BytesIO(picture.png)) as image:
+            assert image.info["seed"] == str(picture.index)
+            assert image.info["checkpoint"] == picture.checkpoint == "old-1"
+    assert events[-1] == Completed("old-1")
+
+
+async def test_ticks_are_full_and_never_fuller_than_max_rows(schedulers: Schedulers) -> None:
+    main = loaded()
+    scheduler = schedulers(main)
+    await asyncio.gather(*(outcome_of(scheduler, task_of(2, guidance_scale=1 + n % 2)) for n in range(5)))
+    rows = main.engine.rows_of_ticks  # type: ignore[attr-defined]
+    assert max(rows) == 4
+    assert sum(row == 4 for row in rows) >= 6
+
+
+async def test_who_leaves_gives_rows_and_places_back(schedulers: Schedulers) -> None:
+    main = loaded(tick_s=0.01)
+    scheduler = schedulers(main)
+    tasks = [asyncio.create_task(outcome_of(scheduler, task_of(4, steps=500))) for _ in range(2)]
+    await until(lambda: len(main.running) == 4 and scheduler.state().waiting == 4)
+    tasks[0].cancel()
+    await until(lambda: len(main.engine.cancelled) == 4)  # type: ignore[attr-defined]
+    await until(lambda: scheduler.state().waiting == 0)
+    tasks[1].cancel()
+    await until(lambda: scheduler.load()["pending_row_steps"] == 0)
+    assert await outcome_of(scheduler, task_of()) == Completed("old-1")
+
+
+async def test_the_line_is_bounded_and_says_when_to_come_back(schedulers: Schedulers) -> None:
+    main = loaded(tick_s=0.01)
+    scheduler = schedulers(main)
+    tasks = [asyncio.create_task(outcome_of(scheduler, task_of(4, steps=200)))]
+    await until(lambda: len(main.running) == 4)
+    tasks += [asyncio.create_task(outcome_of(scheduler, task_of(4, steps=200))) for _ in range(4)]
+    await until(lambda: scheduler.state().waiting == 16)
+    refused = [await outcome_of(scheduler, task_of(4, steps=200)) for _ in range(20)]
+    waits = [outcome.retry_after_s for outcome in refused if isinstance(outcome, Rejected)]
+    assert len(waits) == 20
+    assert waits == sorted(waits)
+    pace_s = scheduler._admission.pace.row_step_s
+    assert waits[-1] == pytest.approx(20 * 4 * 200 * pace_s, rel=0.3, abs=2)
+    assert len(set(waits)) == 20
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_places_and_times_are_told(schedulers: Schedulers) -> None:
+    main = loaded(tick_s=0.02)
+    scheduler = schedulers(main)
+    first = asyncio.create_task(outcome_of(scheduler, task_of(4, steps=60)))
+    await until(lambda: len(main.running) == 4)
+    second = asyncio.create_task(events_of(scheduler, task_of(1, steps=20, key="second")))
+    third = asyncio.create_task(events_of(scheduler, task_of(1, steps=20, key="third")))
+    _, told, later = await asyncio.gather(first, second, third)
+    places = [[event for event in events if isinstance(event, Waiting)] for events in (told, later)]
+    assert (places[0][0].position, places[1][0].position) == (1, 2)
+    assert places[1][0].eta_s >= places[0][0].eta_s > 0
+    assert places[0][-1].position == 0
+
+
+async def test_previews_come_before_the_picture(schedulers: Schedulers) -> None:
+    events = await events_of(schedulers(loaded(tick_s=0.02)), task_of(1, steps=6, previews=3))
+    previews = [event for event in events if isinstance(event, Progress)]
+    assert previews
+    assert all(event.total == 6 and event.preview for event in previews)
+    assert events.index(previews[-1]) < next(n for n, event in enumerate(events) if isinstance(event, Picture))
+
+
+async def test_a_deadline_that_cannot_be_kept_is_not_accepted_and_one_that_passes_is_said(schedulers: Schedulers) -> None:
+    main = loaded(tick_s=0.02)
+    scheduler = schedulers(main)
+    assert isinstance(await outcome_of(scheduler, task_of(1, steps=20)), Completed)  # now its pace is known
+    assert isinstance(await outcome_of(scheduler, task_of(4, steps=1000, deadline_s=0.5)), Rejected)
+    main.engine.paused = True  # type: ignore[attr-defined]
+    late = await outcome_of(scheduler, task_of(1, steps=1, deadline_s=0.3))
+    assert isinstance(late, Failed)
+    assert late.late
+    main.engine.paused = False  # type: ignore[attr-defined]
+    await until(lambda: not main.running)
+
+
+async def test_one_bad_request_spoils_no_other(schedulers: Schedulers) -> None:
+    scheduler = schedulers(loaded(spoil=lambda request: nan(request) if request.prompt == "bad" else None))
+    asked = [task_of(prompt="bad"), task_of(), task_of(prompt="impossible"), task_of(2)]
+    bad, good, impossible, also_good = await asyncio.gather(*(outcome_of(scheduler, one) for one in asked))
+    assert isinstance(bad, Failed)
+    assert "log says why" in bad.message
+    assert isinstance(impossible, Failed)
+    assert (impossible.message, impossible.wrong) == ("this cannot be", True)
+    assert (good, also_good) == (Completed("old-1"), Completed("old-1"))
+
+
+async def test_a_flat_picture_is_never_handed_out(schedulers: Schedulers) -> None:
+    assert isinstance(await outcome_of(schedulers(loaded(spoil=black)), task_of()), Failed)
+
+
+async def test_an_engine_that_dies_fails_what_it_had_and_the_health_check(schedulers: Schedulers, monkeypatch: Any) -> None:
+    main = loaded()
+    scheduler = schedulers(main)
+    monkeypatch.setattr(main.engine, "tick", lambda: 1 / 0)
+    lost = await outcome_of(scheduler, task_of())
+    assert isinstance(lost, Failed)
+    assert lost.retry
+    with pytest.raises(RuntimeError, match="engine's thread has ended"):
+        scheduler.state()
+    assert isinstance(await outcome_of(scheduler, task_of()), Failed)
+
+
+async def test_a_trace_tells_the_ticks(schedulers: Schedulers) -> None:
+    painted = await outcome_of(schedulers(loaded()), task_of(2, steps=4, trace=True))
+    assert isinstance(painted, Completed)
+    assert [tick["rows"] for tick in painted.ticks][:4] == [2, 2, 2, 2]
+    assert len(painted.ticks) == 4
+
+
+# ---- promotion
+
+TRIED = LIMITS.model_copy(update={"canary_s": 0.6})
+
+
+async def painters(scheduler: Scheduler, seconds: float, steps: int = 3) -> list[str]:
+    """A load of four visitors for a while; whose pictures they got."""
+    end, got = time.monotonic() + seconds, []
+
+    async def visitor() -> None:
+        while time.monotonic() < end:
+            events = await events_of(scheduler, task_of(1, steps=steps))
+            assert isinstance(events[-1], Completed), events[-1]
+            got.extend(event.checkpoint for event in events if isinstance(event, Picture))
+
+    await asyncio.gather(*(visitor() for _ in range(4)))
+    return got
+
+
+async def test_a_good_checkpoint_takes_over_and_nobody_notices(schedulers: Schedulers) -> None:
+    scheduler = schedulers(loaded(), TRIED)
+    load = asyncio.create_task(painters(scheduler, 1.5))
+    await asyncio.sleep(0.2)
+    scheduler.roll_out(loaded("new-2"))
+    assert scheduler.state().trial == "new-2"
+    got = await load
+    share = got[: len(got) // 2].count("new-2") / (len(got) // 2)
+    assert 0 < share < 0.8
+    assert set(got[-4:]) == {"new-2"}
+    await until(lambda: scheduler._rollout.retiring == [])
+    assert (scheduler.state().checkpoint, scheduler.state().trial) == ("new-2", "")
+
+
+@pytest.mark.parametrize("spoil", [nan, black])
+async def test_a_checkpoint_that_paints_nothing_is_given_up_and_nobody_notices(schedulers: Schedulers, spoil: Any) -> None:
+    scheduler = schedulers(loaded(), TRIED)
+    rejected: list[str] = []
+    scheduler.on_given_up = lambda one, problem: rejected.append(f"{one.id}: {problem}")
+    load = asyncio.create_task(painters(scheduler, 1.0))
+    await asyncio.sleep(0.1)
+    scheduler.roll_out(loaded("new-2", spoil))
+    assert set(await load) == {"old-1"}
+    assert len(rejected) == 1
+    assert rejected[0].startswith("new-2: ")
+    assert (scheduler.state().checkpoint, scheduler.state().trial) == ("old-1", "")
+
+
+async def test_a_slow_checkpoint_is_given_up(schedulers: Schedulers) -> None:
+    scheduler = schedulers(loaded(tick_s=0.001), LIMITS)
+    rejected: list[str] = []
+    scheduler.on_given_up = lambda one, problem: rejected.append(problem)
+    slow = loaded("new-2")
+    slow_tick = slow.engine.tick
+
+    def tick() -> Any:
+        for sample in list(slow.running.values()):
+            sample.started_at -= 0.5  # as if each tick had taken half a second longer
+        return slow_tick()
+
+    slow.engine.tick = tick  # type: ignore[method-assign]
+    scheduler.roll_out(slow)
+    await painters(scheduler, 1.0)
+    assert len(rejected) == 1
+    assert "s a step" in rejected[0]
+
+
+async def test_a_long_request_ends_on_the_weights_it_began_with(schedulers: Schedulers) -> None:
+    old = loaded(tick_s=0.01)
+    scheduler = schedulers(old, LIMITS.model_copy(update={"canary_s": 0}))
+    long = asyncio.create_task(events_of(scheduler, task_of(4, steps=50)))
+    await until(lambda: len(old.running) == 4)
+    scheduler.roll_out(loaded("new-2"))
+    await until(lambda: scheduler.state().checkpoint == "new-2")
+    assert {event.checkpoint for event in await long if isinstance(event, Picture)} == {"old-1"}
+    assert await outcome_of(scheduler, task_of()) == Completed("new-2")
+
+
+async def test_a_pointer_moved_back_ends_the_trial(schedulers: Schedulers) -> None:
+    scheduler = schedulers(loaded(), LIMITS)
+    new = loaded("new-2", tick_s=0.01)
+    scheduler.roll_out(new)
+    long = [asyncio.create_task(outcome_of(scheduler, task_of(1, steps=300))) for _ in range(4)]
+    await until(lambda: new.running)
+    scheduler.abort_rollout("refs/best was moved back")
+    assert await asyncio.gather(*long) == [Completed("old-1")] * 4
