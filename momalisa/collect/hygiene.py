@@ -91,9 +91,9 @@ def _as_it_is(data: bytes, image: Image.Image, settings: Collect) -> CleanPictur
     file = jpeg.bare(data)
     if file is None:
         return None
-    with _opened(file) as stored:
-        stored.draft(None, (LEAST_PX, LEAST_PX))
-        return CleanPicture(file, *image.size, *look(stored))  # decodes it, and so finds what is damaged
+    size, stored = image.size, image if file is data else _opened(file)
+    stored.draft(None, (LEAST_PX, LEAST_PX))
+    return CleanPicture(file, *size, *look(stored))  # decodes it, and so finds what is damaged
 
 
 def _cleaned(image: Image.Image, settings: Collect) -> CleanPicture:
