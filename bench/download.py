@@ -132,30 +132,46 @@ def rate(base: str, pictures: int) -> float:
     return (count - 1) / (last - first)
 
 
-def our_worker(urls: list[str], root: str, connections: int, index: int, of: int) -> int:
-    """What one of our processes does; returns how many pictures it stored."""
-    from momalisa.collect.block import store_block
-    from momalisa.collect.hosts import Hosts
-    from momalisa.collect.pace import Share
-    from momalisa.config import Collect
-    from momalisa.records import Artwork
+class Worker:
+    """One of our processes: its share of the host, and what it has learned about it."""
 
-    settings = Collect(allow_private_addresses=True, requests_per_second=1e6)
-    share, hosts, stored, size = Share(connections, index, of), Hosts(), 0, settings.block_size
-    for start in range(0, len(urls), size):
-        works = [Artwork(f"{index}-{start + place}", "", image_url=url) for place, url in enumerate(urls[start : start + size])]
-        figures = store_block(root, works, settings, share, hosts, {}).figures
-        hosts, stored = figures.hosts, stored + figures.ok
-    return stored
+    here: ClassVar[Worker]
+
+    def __init__(self, shares: Any, root: str) -> None:
+        from momalisa.collect.block import store_block
+        from momalisa.collect.hosts import Hosts
+        from momalisa.config import Collect
+        from momalisa.records import Artwork
+
+        self.settings = Collect(allow_private_addresses=True, requests_per_second=1e6)
+        self.share, self.root, self.hosts = shares.get(), root, Hosts()
+        self.work, self.store_block = Artwork, store_block
+        Worker.here = self
+
+    def block(self, urls: list[str]) -> int:
+        works = [self.work(url.rpartition("/")[2], "", image_url=url) for url in urls]
+        figures = self.store_block(self.root, works, self.settings, self.share, self.hosts, {}).figures
+        self.hosts = figures.hosts
+        return figures.ok
+
+
+def our_block(urls: list[str]) -> int:
+    """What one of our processes does with a block; returns how many pictures it stored."""
+    return Worker.here.block(urls)
 
 
 def ours(base: str, pictures: int, processes: int, connections: int, folder: Path) -> int:
-    """Run our side; returns how many pictures are in its Parquet files."""
+    """Run our side: blocks are dealt to whoever is free, as the job does. Returns how many pictures are in its Parquet files."""
+    from momalisa.collect.pace import Share
+    from momalisa.config import Collect
+
     urls = [f"{base}/{number}.jpg" for number in range(pictures)]
-    share = connections // processes
-    jobs = [(urls[index::processes], str(folder), share, index, processes) for index in range(processes)]
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        return sum(pool.starmap(our_worker, jobs))
+    size, context = Collect().block_size, multiprocessing.get_context("spawn")
+    shares = context.Queue()
+    for share in Share.among(processes, connections):
+        shares.put(share)
+    with context.Pool(processes, Worker, (shares, str(folder))) as pool:
+        return sum(pool.imap_unordered(our_block, [urls[start : start + size] for start in range(0, pictures, size)]))
 
 
 def theirs(kept: bool, python: str, base: str, pictures: int, processes: int, connections: int, folder: Path) -> int:

@@ -36,6 +36,7 @@ MAX_WAIT_S = 60.0  # a host that wants more patience than this gets its answer: 
 FIRST_WAIT_S = 0.5  # doubled at each attempt
 PAGE_BYTES = 1 << 16  # of an error page, no more is read
 IN_FLIGHT = 16  # pictures in memory at a time
+SMALL_BYTES = 1 << 18  # a picture of so many is sooner used than handed to another thread and back
 OK, NOT_MODIFIED = 200, 304
 AGAIN = {408, 425, 429, 500, 502, 503, 504}
 REDIRECTS = {301, 302, 303, 307, 308}
@@ -81,7 +82,8 @@ class Downloader:
     async def fetch_all(
         self, urls: Sequence[str], then: Callable[[int, Fetched], None], known: Sequence[Validators] | None = None
     ) -> None:
-        """Fetch every URL; `then(index, fetched)` is called in one other thread as each one ends, in any order.
+        """Fetch every URL; `then(index, fetched)` is called as each one ends, in any order: with a small body in this thread,
+        with a larger one in one other thread, while this one goes on.
 
         `known`: validators of what we have of each URL: what has not changed ends as `not_modified`, without bytes.
         """
@@ -89,7 +91,10 @@ class Downloader:
         with ThreadPoolExecutor(1) as thread:
 
             async def used(index: int, fetched: Fetched) -> None:
-                await asyncio.get_running_loop().run_in_executor(thread, then, index, fetched)
+                if len(fetched.data) <= SMALL_BYTES:
+                    then(index, fetched)
+                else:
+                    await asyncio.get_running_loop().run_in_executor(thread, then, index, fetched)
 
             await self._fetch_each(urls, used, known)
 

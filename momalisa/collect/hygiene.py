@@ -78,7 +78,7 @@ def clean(data: bytes, settings: Collect) -> CleanPicture:
         return _as_it_is(data, image, settings) or _cleaned(image, settings)
     except BadPicture:
         raise
-    except Exception as error:  # what Pillow raises for damaged files is of every kind
+    except Exception as error:  # Pillow promises no kinds: damaged files raise OSError, SyntaxError, TypeError, ValueError, ...
         raise BadPicture(f"truncated or damaged: {_short(error)}") from None
 
 
@@ -91,9 +91,9 @@ def _as_it_is(data: bytes, image: Image.Image, settings: Collect) -> CleanPictur
     file = jpeg.bare(data)
     if file is None:
         return None
-    with _opened(file) as stored:
-        stored.draft(None, (LEAST_PX, LEAST_PX))
-        return CleanPicture(file, *image.size, *look(stored))  # decodes it, and so finds what is damaged
+    size, stored = image.size, image if file is data else _opened(file)
+    stored.draft(None, (LEAST_PX, LEAST_PX))
+    return CleanPicture(file, *size, *look(stored))  # decodes it, and so finds what is damaged
 
 
 def _cleaned(image: Image.Image, settings: Collect) -> CleanPicture:
@@ -143,7 +143,7 @@ def _opened(data: bytes) -> Image.Image:
             return Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError:
             raise BadPicture(f"not a picture in a known format ({', '.join(FORMATS)})") from None
-        except Exception as error:
+        except Exception as error:  # see `clean`
             raise BadPicture(f"unreadable header: {_short(error)}") from None
         finally:
             Image.MAX_IMAGE_PIXELS = limit
@@ -159,7 +159,7 @@ def _orientation(image: Image.Image) -> int:
     """EXIF orientation 1..8; 1 where the tag is missing or broken. (Pillow has turned TIFF files already.)"""
     try:
         return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:
+    except Exception:  # see `clean`: of broken EXIF blocks SyntaxError and ValueError are common, and TIFF's reader has more
         return 1
 
 

@@ -11,14 +11,19 @@ AFTER_PIXELS = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # among coded pixels FF
 
 
 def bare(data: bytes) -> bytes | None:
-    """The file without metadata, and without what follows its end; None of what is no whole sequence of segments."""
-    kept, at = [b"\xff\xd8"], 2
-    if not data.startswith(kept[0]):
+    """The file without metadata, and without what follows its end; None of what is no whole sequence of segments.
+
+    A file that has nothing of that is returned as it is, not copied.
+    """
+    kept, at = [memoryview(b"\xff\xd8")], 2
+    if not data.startswith(b"\xff\xd8"):
         return None
+    view = memoryview(data)
     while found := MARKER.match(data, at):
         marker, start = data[found.end() - 1], found.end() - 2
         if marker == END:
-            return b"".join([*kept, b"\xff\xd9"])
+            size = sum(map(len, kept)) + 2
+            return data if size == len(data) else b"".join([*kept, b"\xff\xd9"])
         end = start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
         if marker == SCAN:
             after = AFTER_PIXELS.search(data, end)
@@ -26,7 +31,7 @@ def bare(data: bytes) -> bytes | None:
                 return None
             end = after.start()
         if not _tells(marker, data[start + 4 : start + 9]):
-            kept.append(data[start:end])
+            kept.append(view[start:end])
         at = end
     return None
 

@@ -31,15 +31,15 @@ class Look(NamedTuple):
 
 
 def look(picture: Image.Image) -> Look:
-    """An RGB picture -> how it looks."""
-    small = picture.resize((REDUCED_PX, REDUCED_PX), Image.Resampling.BICUBIC, reducing_gap=2.0)
-    thumbnail = small.resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.LANCZOS)
-    return Look(_phash(small.resize((GREY_PX, GREY_PX), Image.Resampling.LANCZOS)), thumbnail.tobytes())
+    """An RGB picture -> how it looks. (From there it goes on by whole factors: means of squares are quicker than any filter.)"""
+    small = picture.resize((REDUCED_PX, REDUCED_PX), Image.Resampling.BILINEAR)
+    thumbnail = small.reduce(REDUCED_PX // THUMBNAIL_PX)
+    return Look(_phash(small.convert("L").reduce(REDUCED_PX // GREY_PX)), thumbnail.tobytes())
 
 
 def _phash(small: Image.Image) -> str:
-    """32x32 RGB -> 64 bits as 16 hex digits; without contrast they are 8000000000000000."""
-    grey = np.asarray(small.convert("L")).astype(np.int64)
+    """32x32 grey -> 64 bits as 16 hex digits; without contrast they are 8000000000000000."""
+    grey = np.asarray(small).astype(np.int64)
     weights = _cosines() @ grey @ _cosines().T  # [8, 8]
     bits = weights > np.median(weights.ravel()[1:]) + NOISE
     return np.packbits(bits.ravel()).tobytes().hex()

@@ -1,4 +1,5 @@
 import asyncio
+import threading
 import time
 from collections import Counter
 from email.utils import formatdate
@@ -337,6 +338,21 @@ def test_more_urls_than_memory_holds_all_come_to_an_end(base: str) -> None:
         Reason.OK: 40, Reason.NOT_FOUND: 20, Reason.TOO_LARGE: 20, Reason.DISALLOWED: 20, Reason.UNREACHABLE: 20,
         Reason.HTTP_ERROR: 20,
     }  # fmt: skip
+
+
+def test_while_a_large_picture_is_used_the_others_go_on(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloader, "SMALL_BYTES", len("/good/1"))
+    small, waited = threading.Event(), []
+
+    def use(index: int, fetched: Fetched) -> None:
+        if index == 0:
+            waited.append(small.wait(10))
+        else:
+            small.set()
+
+    urls = [f"{base}/good/large", f"{base}/known?v=1", f"{base}/good/1"]
+    asyncio.run(Downloader(TRUSTING, Share(1)).fetch_all(urls, use))
+    assert waited == [True]
 
 
 def test_redirects_are_followed(base: str) -> None:

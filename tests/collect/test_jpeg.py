@@ -48,6 +48,11 @@ def test_metadata_goes_and_every_pixel_stays(kind: str) -> None:
     assert bare(bare(full) or b"") == bare(full)
 
 
+def test_a_file_with_nothing_to_leave_out_is_not_copied() -> None:
+    data = bare(encoded(**told())) or b""
+    assert bare(data) is data
+
+
 def test_what_follows_the_end_goes() -> None:
     data = encoded()
     assert bare(data + b"a video\xff\xd9\xff\xd8" * 50) == bare(data)
