@@ -154,6 +154,7 @@ class Machines:
             (folder / part).mkdir(parents=True)
         (NETNS_ETC / space).mkdir(parents=True)
         (NETNS_ETC / space / "hosts").write_text(f"127.0.0.1 localhost\n{address} {name}.runpod.internal {name}\n")
+        (NETNS_ETC / space / "nsswitch.conf").write_text("passwd: files\ngroup: files\nshadow: files\nhosts: files\n")  # no DNS
         ip("netns", "add", space)
         ip("link", "add", near, "type", "veth", "peer", "name", far)
         ip("link", "set", far, "netns", space)
