@@ -7,22 +7,26 @@ replicas. KubeRay's workers run it when Kubernetes asks them to go (`preStop`), 
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 
-def node_id(address: str, here: str) -> str:
-    """Of the raylet with this address. Raises SystemExit where there is none."""
-    import ray
+def drain(here: str, within_s: int) -> None:
+    """Tell Ray that the node with this address goes, as `ray drain-node` does. Raises SystemExit where there is none."""
+    from ray._private.services import canonicalize_bootstrap_address_or_die
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled, as are the next two
+    from ray.core.generated.autoscaler_pb2 import DrainNodeReason  # type: ignore[attr-defined]
+    from ray.core.generated.gcs_pb2 import GcsNodeInfo  # type: ignore[attr-defined]
 
-    ray.init(address=address, log_to_driver=False, namespace="drain")
-    found = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeManagerAddress"] == here]
-    ray.shutdown()
+    gcs = GcsClient(address=canonicalize_bootstrap_address_or_die("auto"))
+    nodes = gcs.get_all_node_info().items()
+    found = [node for node, known in nodes if (known.node_manager_address, known.state) == (here, GcsNodeInfo.ALIVE)]
     if not found:
         sys.exit(f"drain: no live Ray node has the address {here}")
-    return str(found[0])
+    gone_ms, reason = int((time.time() + within_s) * 1000), DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    accepted, why_not = gcs.drain_node(found[0].hex(), reason, "the machine will be taken away", gone_ms)
+    if not accepted:
+        sys.exit(f"drain: Ray did not take the notice: {why_not}")
 
 
 def main() -> None:
@@ -33,14 +37,7 @@ def main() -> None:
     import ray
 
     began = time.monotonic()
-    node = node_id("auto", ray.util.get_node_ip_address())
-    from ray._private.services import canonicalize_bootstrap_address_or_die
-
-    request = ["drain-node", "--address", canonicalize_bootstrap_address_or_die("auto"), "--node-id", node]
-    why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the machine will be taken away"]
-    how = ["--deadline-remaining-seconds", str(options.within_s)]
-    ray_cli = str(Path(sys.executable).parent / "ray")
-    subprocess.run([ray_cli, *request, *why, *how], check=True)
+    drain(ray.util.get_node_ip_address(), options.within_s)
     if options.wait:
         time.sleep(max(0.0, options.within_s - (time.monotonic() - began)))
 

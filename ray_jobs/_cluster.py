@@ -13,6 +13,7 @@ def connect() -> None:
     on this machine, without a dashboard, and stops with this process. What workers print comes to the driver's log.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # else each line of a training worker comes twice
     import ray
 
     if ray.is_initialized():

@@ -18,13 +18,14 @@ STOPPED = 128 + signal.SIGTERM
 
 
 class Bell:
-    """An actor between a job and its workers."""
+    """An actor between a job and its workers, which outlives them: it knows how far those before came."""
 
     def __init__(self) -> None:
-        self._rung, self._left = False, ""
+        self._rung, self._left, self._at = False, "", 0
 
     def ring(self) -> None:
-        self._rung = True
+        """What workers said that left before, because of a machine's notice, is no answer to this."""
+        self._rung, self._left = True, ""
 
     def rung(self) -> bool:
         return self._rung
@@ -34,6 +35,14 @@ class Bell:
 
     def left(self) -> str:
         return self._left
+
+    def at(self, images_seen: int) -> None:
+        self._at = images_seen
+
+    def begin(self, images_seen: int) -> int:
+        """New workers go on from here; returns how many images the last ones had seen beyond that."""
+        again, self._at = max(self._at - images_seen, 0), images_seen
+        return again
 
 
 @contextlib.contextmanager
@@ -70,6 +79,26 @@ def stoppable() -> Iterator[Any]:
         if in_main:
             signal.signal(signal.SIGTERM, before)
         thread.join()
+
+
+def following(bell: Any, heard: Callable[[dict[str, float]], None]) -> Callable[[dict[str, float]], None]:
+    """The same listener for a run's metrics, with the bell told how far the run is; nobody waits for it."""
+
+    def told(metrics: dict[str, float]) -> None:
+        bell.at.remote(int(metrics["images_seen"]))
+        heard(metrics)
+
+    return told
+
+
+def begin(bell: Any, images_seen: int) -> None:
+    """Say where the run goes on, and what an end without notice has cost."""
+    import ray
+
+    again = ray.get(bell.begin.remote(images_seen))
+    if images_seen or again:
+        cost = f"; {again} that were seen after them are trained again" if again else ""
+        print(f"train: going on from {images_seen} images{cost}", flush=True)
 
 
 @contextlib.contextmanager

@@ -91,21 +91,25 @@ def train_worker(config: dict[str, Any]) -> None:
     from momalisa.training import run as runs
     from momalisa.training.loop import Interrupted, Trainer
     from momalisa.training.watch import watch
-    from ray_jobs._ending import listening
+    from ray_jobs._ending import begin, following, listening
     from ray_jobs._metrics import exporter
 
     settings: Settings = config["settings"]
+    bell = config["bell"]
     context = ray.train.get_context()
     torch.set_num_threads(settings.train.threads or max(1, int(settings.train.cpus_per_worker)))
     main = context.get_world_rank() == 0
-    watching = watch(settings, config["plan"], main, exporter(config["plan"].name))
-    with watching as events, listening(config["bell"]) as events.ending:
+    watching = watch(settings, config["plan"], main, following(bell, exporter(config["plan"].name)))
+    with watching as events, listening(bell) as events.ending:
         events.synchronise = ray.train.report
+        trainer = Trainer(runs.load(settings, config["plan"]), events, workers=context.get_world_size())
+        if main:
+            begin(bell, trainer.progress.images_seen)
         try:
-            Trainer(runs.load(settings, config["plan"]), events, workers=context.get_world_size()).train()
+            trainer.train()
         except Interrupted as interrupted:
             if main:
-                ray.get(config["bell"].leave.remote(str(interrupted)))
+                ray.get(bell.leave.remote(str(interrupted)))
             raise
 
 

@@ -241,7 +241,7 @@ class FakeRunpod:
         network: dict[str, Any] = {"enabled": bool(body.get("globalNetworking"))}
         if network["enabled"] and status != "PROVISIONING":
             network |= {"ip": pod["ip"], "internalDns": f"{pod_id}.runpod.internal"}
-        cost = 0.0 if status in {"EXITED", "ERROR"} else GPUS[body["gpu"]["id"]] * body["gpu"]["count"]
+        cost = GPUS[body["gpu"]["id"]] * body["gpu"]["count"] if running else 0.0
         return {
             "id": pod_id, "name": body["name"], "status": status, "actions": ["terminate"], "image": body["image"], "args": "",
             "disk": body["disk"], "mounts": {}, "ports": body["ports"], "env": body["env"], "registry": None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 HOME = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 NETNS_ETC = Path("/etc/netns")
+OWNED = Path("/run/momalisa-machines")  # a file for each bridge, locked for as long as the process lives that made it
 
 
 def missing() -> str:
@@ -39,6 +41,42 @@ def missing() -> str:
 
 def ip(*arguments: str, check: bool = True) -> None:
     subprocess.run(["ip", *arguments], check=check, capture_output=True)
+
+
+def clear() -> list[str]:
+    """Remove the machines whose owner is gone (a test run that a signal ended tidies nothing up); returns their names."""
+    found = []
+    for file in OWNED.glob("*"):
+        with open(file) as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            for space in Path("/run/netns").glob(f"mo{file.name}-*"):
+                for pid in processes(space.name):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                remove(space.name)
+                found.append(space.name)
+            ip("link", "del", f"mo{file.name}", check=False)
+            file.unlink(missing_ok=True)
+    return found
+
+
+def processes(space: str) -> list[int]:
+    """Those in a network namespace."""
+    shown = subprocess.run(["ip", "netns", "pids", space], capture_output=True, text=True, check=False)
+    return [int(pid) for pid in shown.stdout.split()]
+
+
+def remove(space: str) -> None:
+    """A network namespace without processes, once they are gone, and with it the cable that ends there."""
+    deadline = time.monotonic() + 20
+    while left := processes(space):
+        assert time.monotonic() < deadline, f"{space} still has the processes {left}"
+        time.sleep(0.02)
+    ip("netns", "del", space, check=False)
+    shutil.rmtree(NETNS_ETC / space, ignore_errors=True)
 
 
 @dataclass
@@ -85,11 +123,22 @@ class Machines:
 
     @contextlib.contextmanager
     def up(self) -> Iterator[Machines]:
+        clear()
+        OWNED.mkdir(exist_ok=True)
+        owned = OWNED / self.tag
+        with open(owned, "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with self._bridged():
+                yield self
+            owned.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _bridged(self) -> Iterator[None]:
         ip("link", "add", self.bridge, "type", "bridge")
         try:
             ip("addr", "add", f"{self.gateway}/24", "dev", self.bridge)
             ip("link", "set", self.bridge, "up")
-            yield self
+            yield
         finally:
             for name in list(self.machines):
                 self.kill(name)
@@ -105,6 +154,7 @@ class Machines:
             (folder / part).mkdir(parents=True)
         (NETNS_ETC / space).mkdir(parents=True)
         (NETNS_ETC / space / "hosts").write_text(f"127.0.0.1 localhost\n{address} {name}.runpod.internal {name}\n")
+        (NETNS_ETC / space / "nsswitch.conf").write_text("passwd: files\ngroup: files\nshadow: files\nhosts: files\n")  # no DNS
         ip("netns", "add", space)
         ip("link", "add", near, "type", "veth", "peer", "name", far)
         ip("link", "set", far, "netns", space)
@@ -136,15 +186,16 @@ class Machines:
         return address
 
     def kill(self, name: str) -> None:
-        """Pull the plug: every process of the machine is gone at once."""
+        """SIGKILL of every process of the machine; none is left when this returns. Then the machine goes."""
         if (machine := self.machines.pop(name, None)) is None:
             return
         machine.process.send_signal(signal.SIGKILL)
         machine.process.wait()
-        space = f"mo{self.tag}-{name}"
-        ip("link", "del", f"v{self.tag[:4]}{machine.address.split('.')[-1]}a", check=False)
-        ip("netns", "del", space, check=False)
-        shutil.rmtree(NETNS_ETC / space, ignore_errors=True)
+        remove(f"mo{self.tag}-{name}")
+
+    def cut(self, name: str) -> None:
+        """The cable is out: nothing comes or goes, and nobody is told."""
+        ip("link", "set", f"v{self.tag[:4]}{self.machines[name].address.split('.')[-1]}a", "down")
 
     def alive(self, name: str) -> bool:
         return name in self.machines and self.machines[name].process.poll() is None

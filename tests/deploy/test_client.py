@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
+from deploy.runpod import client as clients
 from deploy.runpod.client import BadRequest, Client, NoCapacity, NoKey, NoMoney, Unreachable
 from tests.deploy.fake_runpod import DOCUMENT, KEY, FakeRunpod, Fault
 
@@ -19,7 +21,7 @@ BODY = {
 
 @pytest.fixture
 def client(runpod: FakeRunpod) -> Client:
-    return dataclasses.replace(Client.from_environment(patience_s=5.0), sleep=lambda seconds: time.sleep(min(seconds, 0.01)))
+    return dataclasses.replace(Client.from_environment(patience_s=60.0), sleep=lambda seconds: time.sleep(min(seconds, 0.01)))
 
 
 def test_a_pods_life(client: Client, runpod: FakeRunpod) -> None:
@@ -56,13 +58,16 @@ def test_it_waits_as_long_as_it_is_told(runpod: FakeRunpod) -> None:
     assert waits == [12.0, 12.0]
 
 
-def test_waits_grow_and_the_cause_is_told_in_the_end(runpod: FakeRunpod) -> None:
+def test_waits_grow_and_the_cause_is_told_in_the_end(runpod: FakeRunpod, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    hasty = dataclasses.replace(Client.from_environment(0.2), sleep=lambda seconds: (waits.append(seconds), time.sleep(0.03)))
+    monkeypatch.setattr(clients, "time", SimpleNamespace(monotonic=lambda: sum(waits)))
+    patient = dataclasses.replace(Client.from_environment(60), sleep=waits.append)
     runpod.down = True
-    with pytest.raises(Unreachable, match=r"RunPod did not answer for 0 s \(503 Service Unavailable: upstream is down\)"):
-        hasty.pods()
-    assert waits[2] > waits[0]
+    with pytest.raises(Unreachable, match=r"RunPod did not answer for 60 s \(503 Service Unavailable: upstream is down\)"):
+        patient.pods()
+    assert 60 < sum(waits) < 60 + 15
+    assert len(runpod.asked) == len(waits) < 20
+    assert max(waits) > 10 * waits[0]
 
 
 @pytest.mark.parametrize("status", [500, 0])
@@ -116,3 +121,5 @@ def test_the_end_of_a_pods_log(client: Client, runpod: FakeRunpod) -> None:
     made = client.create(BODY)
     assert client.last_words(made["id"]) == "error pulling image image:1: manifest unknown"
     assert client.last_words("absent") == ""
+    runpod.pods[made["id"]]["words"] = f"login with {KEY} failed"
+    assert client.last_words(made["id"]) == "login with *** failed"

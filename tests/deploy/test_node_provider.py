@@ -6,7 +6,6 @@ import json
 import logging
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +219,7 @@ def test_a_pod_that_vanished_is_no_node_and_one_just_made_is(runpod: FakeRunpod)
 
 
 def test_the_ssh_port_is_late_and_changes(runpod: FakeRunpod) -> None:
-    runpod.maps_after_s = 0.4
+    runpod.maps_after_s = 3600
     ours = provider()
     (pod_id,) = ours.create_node(NODE, HEAD, 1)
     auth = {"ssh_user": "ray", "ssh_private_key": "/tmp/key"}
@@ -229,7 +228,7 @@ def test_the_ssh_port_is_late_and_changes(runpod: FakeRunpod) -> None:
     assert ours.external_ip(pod_id) is None
     with pytest.raises(ProviderError, match="no mapped SSH port yet"):
         runner._get_ssh_target()
-    time.sleep(0.4)
+    runpod.maps_after_s = 0
     assert ours.external_ip(pod_id) == "127.0.0.1"
     assert "-p 40022 ray@127.0.0.1" in runner.remote_shell_command_str()
     runpod.pods[pod_id]["public"] = 40_033
@@ -280,18 +279,20 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_pods_that_no_cluster_owns_are_found_and_given_back(runpod: FakeRunpod, monkeypatch: pytest.MonkeyPatch) -> None:
-    led, lost = provider("led"), provider("lost")
+    led, lost, headless = provider("led"), provider("lost"), provider("headless")
     led.create_node(NODE, HEAD, 1)
     kept = list(led.create_node(NODE, WORKER, 1))
-    orphans = list(lost.create_node(NODE, WORKER, 2))
+    orphans = [*lost.create_node(NODE, WORKER, 2), *headless.create_node(NODE, WORKER, 1)]
+    runpod.dying = 1
+    orphans += headless.create_node(NODE, HEAD, 1)
     stranger = Client.from_environment().create({"name": "a colleague's", "image": "x", "gpu": {"id": RTX, "count": 1}, "disk": 5,
                                                  "ports": ["22/tcp"], "env": {}})  # fmt: skip
     listing = command("ls")
-    assert "4 pods, $2.76/h" in listing.stdout
+    assert "6 pods, $3.45/h" in listing.stdout
     assert all(pod_id in listing.stdout for pod_id in kept + orphans)
     assert "nothing was done" in command("gc").stderr
-    assert len(runpod.pods) == 5
-    assert "2 pods given back" in command("gc", "--yes").stdout
+    assert len(runpod.pods) == 7
+    assert "4 pods given back" in command("gc", "--yes").stdout
     assert set(orphans) & set(runpod.pods) == set()
     assert {*kept, stranger["id"]} <= set(runpod.pods)
     monkeypatch.setenv("RUNPOD_API_KEY", "rpa_wrong")

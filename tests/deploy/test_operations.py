@@ -1,8 +1,9 @@
-"""docs/operations.md: every command in its blocks is run by a test that is named here, or says that it needs the cloud."""
+"""docs/operations.md: every command in it is run by a test that is named here, or says that it needs the cloud."""
 
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -18,16 +19,31 @@ RUN_BY = {  # the beginning of a command: the test that runs it, and what of it 
     "ray up": ("test_ray_up.py", 'laptop("up"'),
     "ray dashboard": ("test_ray_up.py", '"dashboard"'),
     "make submit": ("test_submit.py", '"deploy.submit"'),
+    "ray job stop": ("test_submit.py", '"job", "stop"'),
+    "ray status": ("test_ray_up.py", '"ray status"'),
     "python -m deploy.runpod ls": ("test_node_provider.py", 'command("ls")'),
+    "python -m deploy.runpod gc": ("test_node_provider.py", 'command("gc"'),
+    "python -m deploy.drain": ("../integration/test_multinode.py", '"python -m deploy.drain'),
+    "pytest -m slow -s tests/integration/test_multinode.py": ("../integration/test_multinode.py", "pytest.mark.slow"),
+    "openssl rand -hex 32": ("test_operations.py", '"rand", "-hex", "32"'),
+    "make image-check": ("test_image.py", '"install.sh"'),
     "ray down": ("test_ray_up.py", 'laptop("down"'),
     "make manifests": ("test_manifests.py", '"deploy.manifests"'),
     "make gke": ("test_gke_script.py", '"gke.sh"'),
 }
 
 
+BLOCK = re.compile(r"```bash\n(.*?)```", re.DOTALL)
+PROGRAMS = r"(docker|gcloud|helm|kubectl|make|openssl|pytest|python|ray|serve|ssh-keygen|uv) "
+
+
 def commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line.strip()]
+    return [line for block in BLOCK.findall(TEXT) for line in block.splitlines() if line.strip()]
+
+
+def commands_in_sentences() -> list[str]:
+    spans = re.findall(r"`([^`]+`(?: \*\*\[cloud\])?)", BLOCK.sub("", TEXT))
+    return sorted({" ".join(span.replace("`", "").split()) for span in spans if re.match(PROGRAMS, span)})
 
 
 def test_there_are_ten_for_each_cloud() -> None:
@@ -35,7 +51,7 @@ def test_there_are_ten_for_each_cloud() -> None:
     assert numbers == [*range(1, 11), *range(1, 11)]
 
 
-@pytest.mark.parametrize("line", commands())
+@pytest.mark.parametrize("line", [*commands(), *commands_in_sentences()])
 def test_a_command_is_run_by_a_test_or_needs_the_cloud(line: str) -> None:
     if "[cloud]" in line:
         return
@@ -43,9 +59,14 @@ def test_a_command_is_run_by_a_test_or_needs_the_cloud(line: str) -> None:
     assert part in (Path(__file__).parent / test).read_text()
 
 
+def test_a_token_is_made() -> None:
+    made = subprocess.run(["openssl", "rand", "-hex", "32"], capture_output=True, text=True, check=True).stdout
+    assert re.fullmatch(r"[0-9a-f]{64}\n", made)
+
+
 def test_the_make_targets_are_there() -> None:
     makefile = (HOME / "Makefile").read_text()
-    for target in set(re.findall(r"make ((?:[a-z-]+ ?)+)", "\n".join(commands()))):
+    for target in set(re.findall(r"make ((?:[a-z-]+ ?)+)", "\n".join([*commands(), *commands_in_sentences()]))):
         for name in target.split():
             assert re.search(rf"^{name}:", makefile, re.MULTILINE), name
 

@@ -148,6 +148,7 @@ def test_a_cluster_comes_works_survives_faults_and_goes(cloud: FakeRunpod, lapto
     rented = len(cloud.made)
 
     (head,) = set(cloud.pods) - set(workers(cloud))
+    assert "2 gpu" in cloud.host.machines[head].run("ray status").stdout
     cloud.down = True  # and the autoscaler is killed meanwhile
     time.sleep(3)
     cloud.host.machines[head].run(KILL_AUTOSCALER)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -18,7 +19,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from momalisa.checkpoint import read_all
+from momalisa.config import Settings, from_file
+from momalisa.storage import Store
 from tests.deploy.namespaces import BIN, HOME
+from tests.integration import test_elastic
 
 TOKEN = "planted-token-of-the-test-9876543210"
 LIMIT_BYTES = 100 * 1024 * 1024
@@ -116,7 +121,7 @@ class Cluster:
 
     def run(self, *command: str, **changes: str) -> subprocess.CompletedProcess[str]:
         environment = {**self.environment, **changes}
-        return subprocess.run(command, cwd=HOME, env=environment, capture_output=True, text=True, check=False, timeout=240)
+        return subprocess.run(command, cwd=HOME, env=environment, capture_output=True, text=True, check=False, timeout=500)
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +177,54 @@ def test_every_control_endpoint_wants_the_token(cluster: Cluster) -> None:
     assert "nodes seen" not in refused.stdout
     told = cluster.run(sys.executable, "-m", "deploy.submit", "collect", "--config", "configs/demo.yaml", RAY_AUTH_TOKEN="wrong")
     assert "wants another token" in told.stderr
+
+
+def published(base: Path, root: Path) -> tuple[Settings, list[str]]:
+    """A run for one worker, and the options that name it."""
+    values = {
+        "root": root, "diffusion.model": base, "train.images": 3200, "train.batch": 16, "train.cell": 4, "train.workers": 1,
+        "train.precision": "fp32", "train.learning_rate": 1e-3, "train.checkpoint_every_images": 320,
+        "train.evaluate_every_steps": 100000, "train.evaluation_prompts": "[]", "wandb.mode": "disabled",
+    }  # fmt: skip
+    options = [f"--{name}={value}" for name, value in values.items()]
+    made = from_file(str(HOME / "configs" / "demo.yaml"), options)
+    test_elastic.publish(made)
+    return made, options
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_stopped_job_goes_on_from_its_very_step(cluster: Cluster, tiny_base: Path, tmp_path: Path) -> None:
+    """Ctrl-C leaves it running, `ray job stop` writes a checkpoint, the same command ends with the weights of one run."""
+    from momalisa.training import run as runs
+    from momalisa.training.loop import Events, Trainer
+
+    settings, options = published(tiny_base, tmp_path / "stopped")
+    command = [sys.executable, "-m", "deploy.submit", "train", "--config", "configs/demo.yaml", *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    first = subprocess.Popen(command, cwd=HOME, env=cluster.environment, **pipes)
+    assert first.stdout is not None
+    said = ""
+    while "train: checkpoint" not in said:
+        said += (line := first.stdout.readline())
+        assert line, said[-3000:]
+    os.killpg(first.pid, signal.SIGINT)
+    said += first.communicate(timeout=60)[0]
+    (name,) = re.findall(r"(train-[\d-]+) goes on without you", said)
+    began = time.monotonic()
+    stopped = cluster.run(str(BIN / "ray"), "job", "stop", name)
+    print(json.dumps({"ray_job_stop_s": round(time.monotonic() - began, 1)}))
+    log = cluster.run(str(BIN / "ray"), "job", "logs", name).stdout
+    assert "writing a checkpoint of this step first" in log, stopped.stdout + log[-3000:]
+    (seen,) = map(int, re.findall(r"stopped, (\d+) images seen; the same command goes on", log))
+    store, planned = Store(settings.root), runs.plan(settings)
+    assert 320 <= seen == read_all(store, planned.name)[-1].images_seen < 3200
+
+    again = cluster.run(*command)
+    assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-2000:]
+    assert f"train: going on from {seen} images\n" in again.stdout
+    alone, _ = published(tiny_base, tmp_path / "alone")
+    Trainer(runs.load(alone, planned), Events()).train()
+    ours, theirs = (read_all(Store(place.root), planned.name)[-1] for place in (settings, alone))
+    assert ours.training["losses"] == theirs.training["losses"]
+    assert ours.files == theirs.files
