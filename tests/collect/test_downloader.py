@@ -5,11 +5,12 @@ from collections import Counter
 from email.utils import formatdate
 from pathlib import Path
 
+import aiohttp
 import pytest
 from aiohttp import web
 
 from momalisa.collect import downloader
-from momalisa.collect.addresses import is_private
+from momalisa.collect.addresses import PublicResolver, is_private
 from momalisa.collect.downloader import Downloader, retry_after_s
 from momalisa.collect.fetched import Fetched, Validators
 from momalisa.collect.hosts import Hosts
@@ -369,6 +370,14 @@ def test_private_addresses_are_refused(host: str, base: str, museum: Museum) -> 
     assert "private address" in fetched.error
     assert "allow_private_addresses" in fetched.error
     assert not museum.asked
+
+
+async def test_of_a_name_with_several_addresses_only_the_public_ones_are_connected_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def both(*_: object) -> list[dict[str, str]]:
+        return [{"host": "10.0.0.8"}, {"host": "93.184.215.14"}, {"host": "127.0.0.1"}]
+
+    monkeypatch.setattr(aiohttp.ThreadedResolver, "resolve", both)
+    assert await PublicResolver().resolve("museum.example") == [{"host": "93.184.215.14"}]
 
 
 def test_a_redirect_to_a_private_address_is_refused(base: str, museum: Museum, monkeypatch: pytest.MonkeyPatch) -> None:
