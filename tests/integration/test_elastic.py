@@ -23,7 +23,6 @@ from momalisa.dataset import Dataset
 from momalisa.latents import load_tokenizer, tokenize
 from momalisa.records import LATENTS, OK
 from momalisa.storage import Store
-from tests.training.test_workers import Groups
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -140,6 +139,43 @@ def node(cluster: Any, cpus: int = 1) -> Any:
     return cluster.add_node(num_cpus=cpus, object_store_memory=80 * 2**20)
 
 
+def driver(listed: list[str], address: str, log: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "ray_jobs.train", "--config", str(HOME / "configs" / "demo.yaml"), *listed]
+    environment = {**os.environ, "RAY_ADDRESS": address}
+    with open(log, "ab") as file:
+        return subprocess.Popen(command, cwd=HOME, env=environment, stdout=file, stderr=file, start_new_session=True)
+
+
+def wait_for(settings: Settings, images: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 300
+    while images_seen(settings) < images:
+        assert process.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < deadline, f"only {images_seen(settings)} images: {log.read_text()[-3000:]}"
+        time.sleep(0.1)
+    time.sleep(random.uniform(0, 0.5))  # somewhere between two checkpoints
+
+
+@contextmanager
+def running(listed: list[str], address: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The train job as a program, in a session of its own; with whatever it started it is gone afterwards."""
+    process = driver(listed, address, log)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def until(process: subprocess.Popen[bytes], log: Path, reached: Callable[[], bool]) -> None:
+    """Until a checkpoint says so."""
+    deadline = time.monotonic() + 600
+    while not reached():
+        assert process.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < deadline, f"not after 600 s: {log.read_text()[-3000:]}"
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize(("many", "fewer"), [(2, 1), (4, 3)])
 def test_nodes_go_and_come(tiny_base: Path, cluster: Any, tmp_path: Path, many: int, fewer: int) -> None:
     """2 -> 1 -> 2 and 4 -> 3 -> 4 workers, however long each change takes: the run has no end but the one that it is asked
@@ -151,17 +187,19 @@ def test_nodes_go_and_come(tiny_base: Path, cluster: Any, tmp_path: Path, many: 
     listed, log = arguments(tiny_base, tmp_path / "changing", **size), tmp_path / "log"
     settings = settings_of(listed)
     nodes = [node(cluster) for _ in range(many)]
-    with driver(listed, cluster.address, log) as process:
-        wait_for(process, log, lambda: workers(settings) == many)
+    with running(listed, cluster.address, log) as process:
+        until(process, log, lambda: workers(settings) == many)
         cluster.remove_node(nodes[-1], allow_graceful=False)
-        wait_for(process, log, lambda: workers(settings) == fewer)
+        until(process, log, lambda: workers(settings) == fewer)
         node(cluster)
-        wait_for(process, log, lambda: workers(settings) == many)
+        until(process, log, lambda: workers(settings) == many)
         process.terminate()
-        assert process.wait(timeout=200) == 128 + signal.SIGTERM, log.read_text()[-3000:]
+        assert process.wait(timeout=400) == 128 + signal.SIGTERM, log.read_text()[-3000:]
     changing = newest(settings)
     assert changing is not None
-    assert [count for _, count in changing.training["workers"]] == [many, fewer, many]
+    counts = [count for _, count in changing.training["workers"]]
+    assert set(counts) == {many, fewer}
+    assert counts[0] == counts[-1] == many
 
     alone = settings_of(arguments(tiny_base, tmp_path / "alone", **size))
     trainer = Trainer(runs.load(alone, runs.plan(alone)), Events(ending=lambda: seen() >= changing.images_seen), 1)
@@ -184,30 +222,6 @@ def test_nodes_go_and_come(tiny_base: Path, cluster: Any, tmp_path: Path, many: 
     assert float((ours - theirs).norm() / (theirs - start).norm()) < 0.02
 
 
-@contextmanager
-def driver(listed: list[str], address: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The train job as a program, in a session of its own; with whatever it started it is gone afterwards."""
-    command = [sys.executable, "-m", "ray_jobs.train", "--config", str(HOME / "configs" / "demo.yaml"), *listed]
-    environment = {**os.environ, "RAY_ADDRESS": address}
-    with open(log, "ab") as file:
-        process = subprocess.Popen(command, cwd=HOME, env=environment, stdout=file, stderr=file, start_new_session=True)
-    try:
-        yield process
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def wait_for(process: subprocess.Popen[bytes], log: Path, reached: Callable[[], bool]) -> None:
-    """Until a checkpoint says so."""
-    deadline = time.monotonic() + 300
-    while not reached():
-        assert process.poll() is None, log.read_text()[-3000:]
-        assert time.monotonic() < deadline, f"not after 300 s: {log.read_text()[-3000:]}"
-        time.sleep(0.1)
-
-
 def training_processes(nodes: list[Any]) -> list[int]:
     """Ray Train's workers on these nodes."""
     raylets = {info.process.pid for one in nodes for info in one.all_processes["raylet"]}
@@ -223,39 +237,30 @@ def training_processes(nodes: list[Any]) -> list[int]:
 
 
 def test_kills_leave_no_trace(tiny_base: Path, cluster: Any, tmp_path: Path) -> None:
-    """SIGKILL of a worker, of a node and of the driver; the end is bit by bit that of four processes that were left alone."""
+    """SIGKILL of a worker, of a node and of the driver; the end is bit by bit that of a run that was left alone."""
     from momalisa.training import run as runs
 
     size = {"workers": 4, "images": 2400, "resize_check_s": 60}
     listed, log = arguments(tiny_base, tmp_path / "killed", **size), tmp_path / "log"
     settings = settings_of(listed)
     nodes = [node(cluster, cpus=2) for _ in range(2)]
+    process = driver(listed, cluster.address, log)
+    wait_for(settings, random.randrange(1, 4) * 160, process, log)
+    os.kill(random.choice(training_processes(nodes)), signal.SIGKILL)
+    wait_for(settings, images_seen(settings) + random.randrange(1, 3) * 160, process, log)
+    cluster.remove_node(nodes[1], allow_graceful=False)
+    nodes[1] = node(cluster, cpus=2)
+    wait_for(settings, images_seen(settings) + random.randrange(1, 3) * 160, process, log)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = images_seen(settings)
+    assert before < 2400
+    assert driver(listed, cluster.address, log).wait(timeout=400) == 0, log.read_text()[-3000:]
 
-    def go_on(process: subprocess.Popen[bytes], checkpoints: int) -> None:
-        images = images_seen(settings) + checkpoints * 160
-        wait_for(process, log, lambda: images_seen(settings) >= images)
-        time.sleep(random.uniform(0, 0.5))  # somewhere between two checkpoints
-
-    with driver(listed, cluster.address, log) as process:
-        go_on(process, random.randrange(1, 4))
-        os.kill(random.choice(training_processes(nodes)), signal.SIGKILL)
-        go_on(process, random.randrange(1, 3))
-        cluster.remove_node(nodes[1], allow_graceful=False)
-        nodes[1] = node(cluster, cpus=2)
-        go_on(process, random.randrange(1, 3))
-    assert images_seen(settings) < 2400
-    with driver(listed, cluster.address, log) as process:
-        assert process.wait(timeout=400) == 0, log.read_text()[-3000:]
-
-    undisturbed = settings_of(arguments(tiny_base, tmp_path / "alone", **size))
-    groups = Groups()
-    try:
-        groups(runs.load(undisturbed, runs.plan(undisturbed)), 4, tmp_path / "group")
-    finally:
-        groups.close()
-    ours, theirs = newest(settings), newest(undisturbed)
-    assert ours is not None
-    assert theirs is not None
-    assert ours.images_seen == theirs.images_seen == 2400
-    assert ours.state == theirs.state  # sha256 of weights, EMA, optimizer moments and losses
-    assert ours.files == theirs.files
+    alone = arguments(tiny_base, tmp_path / "alone", **size)
+    undisturbed = settings_of(alone)
+    assert driver(alone, cluster.address, log).wait(timeout=400) == 0, log.read_text()[-3000:]
+    ends = [read_all(Store(one.root), runs.plan(one).name)[-1] for one in (settings, undisturbed)]
+    assert [end.images_seen for end in ends] == [2400, 2400]
+    assert ends[0].state == ends[1].state  # sha256 of weights, EMA, optimizer moments and losses
+    assert ends[0].files == ends[1].files
