@@ -7,9 +7,9 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from momalisa.checkpoint import Checkpoint, load_base_unet, load_unet, read_all
+from momalisa.checkpoint import load_base_unet, load_unet, read_all
 from momalisa.config import Settings, from_file
 from momalisa.dataset import Dataset
 from momalisa.latents import load_tokenizer, tokenize
@@ -91,52 +91,87 @@ def publish(settings: Settings) -> None:
     dataset.update(lambda latest: latest.with_latents(name, [path]))
 
 
-@pytest.fixture(scope="module")
-def head() -> Iterator[Any]:
-    """A head without CPUs for workers."""
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A head without CPUs for workers; nodes are added and killed by the tests."""
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    monkeypatch.setenv("RAY_health_check_failure_threshold", "2")
     import ray
     from ray.cluster_utils import Cluster
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_worker_niceness", "0")
-        patch.setenv("RAY_health_check_failure_threshold", "2")
-        if ray.is_initialized():
-            ray.shutdown()
-        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 100 * 2**20})
-        ray.init(address=made.address, log_to_driver=False)
-        yield made
+    if ray.is_initialized():
         ray.shutdown()
-        made.shutdown()
-
-
-@pytest.fixture
-def cluster(head: Any) -> Iterator[Any]:
-    """The head; nodes are added and killed by the test, and taken away after it."""
-    yield head
-    for one in list(head.worker_nodes):
-        head.remove_node(one, allow_graceful=False)
-
-
-def newest(settings: Settings) -> Checkpoint | None:
-    from momalisa.training import run as runs
-
-    found = read_all(Store(settings.root), runs.plan(settings).name)
-    return found[-1] if found else None
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 100 * 2**20})
+    ray.init(address=made.address, log_to_driver=False)
+    yield made
+    ray.shutdown()
+    made.shutdown()
 
 
 def images_seen(settings: Settings) -> int:
-    found = newest(settings)
-    return found.images_seen if found else 0
+    from momalisa.training import run as runs
+
+    found = read_all(Store(settings.root), runs.plan(settings).name)
+    return found[-1].images_seen if found else 0
 
 
-def workers(settings: Settings) -> int:
-    """How many trained what the newest checkpoint has last seen."""
-    found = newest(settings)
-    return int(found.training["workers"][-1][1]) if found else 0
+def wait_until(settings: Settings, images: int, work: threading.Thread, limit_s: float = 300) -> None:
+    deadline = time.monotonic() + limit_s
+    while images_seen(settings) < images:
+        assert work.is_alive(), "training ended early"
+        assert time.monotonic() < deadline, f"only {images_seen(settings)} images after {limit_s:g} s"
+        time.sleep(0.2)
 
 
 def node(cluster: Any, cpus: int = 1) -> Any:
     return cluster.add_node(num_cpus=cpus, object_store_memory=80 * 2**20)
+
+
+@pytest.mark.parametrize(("workers", "fewer", "images"), [(2, 1, 4800), (4, 3, 3200)])
+def test_nodes_go_and_come(tiny_base: Path, cluster: Any, tmp_path: Path, workers: int, fewer: int, images: int) -> None:
+    """2 -> 1 -> 2 and 4 -> 3 -> 4 workers, then the same run undisturbed with one process."""
+    from momalisa.training import run as runs
+    from momalisa.training.loop import Events, Trainer
+    from ray_jobs import train
+
+    size = {"workers": workers, "min_workers": fewer, "images": images}
+    settings = settings_of(arguments(tiny_base, tmp_path / "changing", **size))
+    nodes = [node(cluster) for _ in range(workers)]
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            train.run(settings)
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    wait_until(settings, 320, thread)
+    cluster.remove_node(nodes[-1], allow_graceful=False)
+    wait_until(settings, images_seen(settings) + 480, thread)
+    node(cluster)
+    thread.join(timeout=500)
+    assert not thread.is_alive()
+    assert not failures, failures
+    planned = runs.plan(settings)
+    changing = read_all(Store(settings.root), planned.name)[-1]
+    sizes = {tuple(entry) for entry in changing.training["workers"]}
+    assert {count for _, count in sizes} == {fewer, workers}, sizes
+
+    os.environ.pop("RANK", None)
+    alone = settings_of(arguments(tiny_base, tmp_path / "alone", **size))
+    progress = Trainer(runs.load(alone, planned), Events(), 1).train()
+    losses = changing.training["losses"]
+    assert [images for images, _ in losses] == [images for images, _ in progress.losses]
+    assert [loss for _, loss in losses] == pytest.approx([loss for _, loss in progress.losses], rel=1e-3)
+    undisturbed = read_all(Store(alone.root), planned.name)[-1]
+    start = torch.nn.utils.parameters_to_vector(load_base_unet(settings.diffusion).parameters()).detach()
+    ours, theirs = (
+        torch.nn.utils.parameters_to_vector(load_unet(Store(place.root), one).parameters()).detach()
+        for place, one in ((settings, changing), (alone, undisturbed))
+    )
+    assert float((ours - theirs).norm() / (theirs - start).norm()) < 0.02
 
 
 def driver(listed: list[str], address: str, log: Path) -> subprocess.Popen[bytes]:
@@ -153,73 +188,6 @@ def wait_for(settings: Settings, images: int, process: subprocess.Popen[bytes], 
         assert time.monotonic() < deadline, f"only {images_seen(settings)} images: {log.read_text()[-3000:]}"
         time.sleep(0.1)
     time.sleep(random.uniform(0, 0.5))  # somewhere between two checkpoints
-
-
-@contextmanager
-def running(listed: list[str], address: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The train job as a program, in a session of its own; with whatever it started it is gone afterwards."""
-    process = driver(listed, address, log)
-    try:
-        yield process
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def until(process: subprocess.Popen[bytes], log: Path, reached: Callable[[], bool]) -> None:
-    """Until a checkpoint says so."""
-    deadline = time.monotonic() + 600
-    while not reached():
-        assert process.poll() is None, log.read_text()[-3000:]
-        assert time.monotonic() < deadline, f"not after 600 s: {log.read_text()[-3000:]}"
-        time.sleep(0.1)
-
-
-@pytest.mark.parametrize(("many", "fewer"), [(2, 1), (4, 3)])
-def test_nodes_go_and_come(tiny_base: Path, cluster: Any, tmp_path: Path, many: int, fewer: int) -> None:
-    """2 -> 1 -> 2 and 4 -> 3 -> 4 workers, however long each change takes: the run has no end but the one that it is asked
-    for. Then the same run undisturbed, in one process, as far."""
-    from momalisa.training import run as runs
-    from momalisa.training.loop import Events, Interrupted, Trainer
-
-    size = {"workers": many, "min_workers": fewer, "images": 10**6, "learning_rate": 3e-4}
-    listed, log = arguments(tiny_base, tmp_path / "changing", **size), tmp_path / "log"
-    settings = settings_of(listed)
-    nodes = [node(cluster) for _ in range(many)]
-    with running(listed, cluster.address, log) as process:
-        until(process, log, lambda: workers(settings) == many)
-        cluster.remove_node(nodes[-1], allow_graceful=False)
-        until(process, log, lambda: workers(settings) == fewer)
-        node(cluster)
-        until(process, log, lambda: workers(settings) == many)
-        process.terminate()
-        assert process.wait(timeout=400) == 128 + signal.SIGTERM, log.read_text()[-3000:]
-    changing = newest(settings)
-    assert changing is not None
-    counts = [count for _, count in changing.training["workers"]]
-    assert set(counts) == {many, fewer}
-    assert counts[0] == counts[-1] == many
-
-    alone = settings_of(arguments(tiny_base, tmp_path / "alone", **size))
-    trainer = Trainer(runs.load(alone, runs.plan(alone)), Events(ending=lambda: seen() >= changing.images_seen), 1)
-
-    def seen() -> int:
-        return trainer.progress.images_seen
-
-    with pytest.raises(Interrupted, match=f"{changing.images_seen} images seen"):
-        trainer.train()
-    undisturbed = newest(alone)
-    assert undisturbed is not None
-    losses = changing.training["losses"]
-    assert [images for images, _ in losses] == [images for images, _ in trainer.progress.losses]
-    assert [loss for _, loss in losses] == pytest.approx([loss for _, loss in trainer.progress.losses], rel=1e-3)
-    start = torch.nn.utils.parameters_to_vector(load_base_unet(settings.diffusion).parameters()).detach()
-    ours, theirs = (
-        torch.nn.utils.parameters_to_vector(load_unet(Store(place.root), one).parameters()).detach()
-        for place, one in ((settings, changing), (alone, undisturbed))
-    )
-    assert float((ours - theirs).norm() / (theirs - start).norm()) < 0.02
 
 
 def training_processes(nodes: list[Any]) -> list[int]:
