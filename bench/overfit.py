@@ -85,14 +85,15 @@ def lay(chosen: Settings, count: int) -> None:
 
 
 @contextmanager
-def timed(seconds: dict[str, float], what: str) -> Iterator[None]:
-    began = time.monotonic()
+def timed(seconds: dict[str, list[float]], what: str) -> Iterator[None]:
+    """Seconds by the clock, and of processors, which a busy machine does not change."""
+    began, before = time.monotonic(), time.process_time()
     yield
-    seconds[what] = round(time.monotonic() - began, 1)
-    print(f"{what}: {seconds[what]:g} s", flush=True)
+    seconds[what] = [round(time.monotonic() - began, 1), round(time.process_time() - before, 1)]
+    print(f"{what}: {seconds[what][0]:g} s, {seconds[what][1]:g} s of processors", flush=True)
 
 
-def figures(chosen: Settings, decision: Decision, training: int, usual: int, seconds: dict[str, float]) -> dict[str, Any]:
+def figures(chosen: Settings, decision: Decision, training: int, usual: int, seconds: dict[str, list[float]]) -> dict[str, Any]:
     """What was found; `shown`: whether the best is early, and the last one fails because it copies."""
     best, last = decision.best, decision.candidates[-1]
     early = best is not None and best.checkpoint is not None and best.checkpoint.images_seen <= EARLY * usual
@@ -121,7 +122,7 @@ def main() -> None:
     options_parser.add_argument("--threads", type=int, default=2)
     options = options_parser.parse_args()
     torch.set_num_threads(options.threads)
-    chosen, seconds = settings(options.root, options.usual), dict[str, float]()
+    chosen, seconds = settings(options.root, options.usual), dict[str, list[float]]()
     with timed(seconds, "lay"):
         lay(chosen, options.works)
     planned = runs.plan(chosen)

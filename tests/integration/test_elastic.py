@@ -7,9 +7,9 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,12 @@ import numpy as np
 import pytest
 import torch
 
-from momalisa.checkpoint import Checkpoint, load_base_unet, load_unet, read_all
+from momalisa.checkpoint import load_base_unet, load_unet, read_all
 from momalisa.config import Settings, from_file
 from momalisa.dataset import Dataset
 from momalisa.latents import load_tokenizer, tokenize
 from momalisa.records import LATENTS, OK
 from momalisa.storage import Store
-from tests.training.test_workers import Groups
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -92,90 +91,81 @@ def publish(settings: Settings) -> None:
     dataset.update(lambda latest: latest.with_latents(name, [path]))
 
 
-@pytest.fixture(scope="module")
-def head() -> Iterator[Any]:
-    """A head without CPUs for workers."""
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A head without CPUs for workers; nodes are added and killed by the tests."""
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    monkeypatch.setenv("RAY_health_check_failure_threshold", "2")
     import ray
     from ray.cluster_utils import Cluster
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_worker_niceness", "0")
-        patch.setenv("RAY_health_check_failure_threshold", "2")
-        if ray.is_initialized():
-            ray.shutdown()
-        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 100 * 2**20})
-        ray.init(address=made.address, log_to_driver=False)
-        yield made
+    if ray.is_initialized():
         ray.shutdown()
-        made.shutdown()
-
-
-@pytest.fixture
-def cluster(head: Any) -> Iterator[Any]:
-    """The head; nodes are added and killed by the test, and taken away after it."""
-    yield head
-    for one in list(head.worker_nodes):
-        head.remove_node(one, allow_graceful=False)
-
-
-def newest(settings: Settings) -> Checkpoint | None:
-    from momalisa.training import run as runs
-
-    found = read_all(Store(settings.root), runs.plan(settings).name)
-    return found[-1] if found else None
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 100 * 2**20})
+    ray.init(address=made.address, log_to_driver=False)
+    yield made
+    ray.shutdown()
+    made.shutdown()
 
 
 def images_seen(settings: Settings) -> int:
-    found = newest(settings)
-    return found.images_seen if found else 0
+    from momalisa.training import run as runs
+
+    found = read_all(Store(settings.root), runs.plan(settings).name)
+    return found[-1].images_seen if found else 0
 
 
-def workers(settings: Settings) -> int:
-    """How many trained what the newest checkpoint has last seen."""
-    found = newest(settings)
-    return int(found.training["workers"][-1][1]) if found else 0
+def wait_until(settings: Settings, images: int, work: threading.Thread, limit_s: float = 300) -> None:
+    deadline = time.monotonic() + limit_s
+    while images_seen(settings) < images:
+        assert work.is_alive(), "training ended early"
+        assert time.monotonic() < deadline, f"only {images_seen(settings)} images after {limit_s:g} s"
+        time.sleep(0.2)
 
 
 def node(cluster: Any, cpus: int = 1) -> Any:
     return cluster.add_node(num_cpus=cpus, object_store_memory=80 * 2**20)
 
 
-@pytest.mark.parametrize(("many", "fewer"), [(2, 1), (4, 3)])
-def test_nodes_go_and_come(tiny_base: Path, cluster: Any, tmp_path: Path, many: int, fewer: int) -> None:
-    """2 -> 1 -> 2 and 4 -> 3 -> 4 workers, however long each change takes: the run has no end but the one that it is asked
-    for. Then the same run undisturbed, in one process, as far."""
+@pytest.mark.parametrize(("workers", "fewer", "images"), [(2, 1, 4800), (4, 3, 3200)])
+def test_nodes_go_and_come(tiny_base: Path, cluster: Any, tmp_path: Path, workers: int, fewer: int, images: int) -> None:
+    """2 -> 1 -> 2 and 4 -> 3 -> 4 workers, then the same run undisturbed with one process."""
     from momalisa.training import run as runs
-    from momalisa.training.loop import Events, Interrupted, Trainer
+    from momalisa.training.loop import Events, Trainer
+    from ray_jobs import train
 
-    size = {"workers": many, "min_workers": fewer, "images": 10**6, "learning_rate": 3e-4}
-    listed, log = arguments(tiny_base, tmp_path / "changing", **size), tmp_path / "log"
-    settings = settings_of(listed)
-    nodes = [node(cluster) for _ in range(many)]
-    with driver(listed, cluster.address, log) as process:
-        wait_for(process, log, lambda: workers(settings) == many)
-        cluster.remove_node(nodes[-1], allow_graceful=False)
-        wait_for(process, log, lambda: workers(settings) == fewer)
-        node(cluster)
-        wait_for(process, log, lambda: workers(settings) == many)
-        process.terminate()
-        assert process.wait(timeout=200) == 128 + signal.SIGTERM, log.read_text()[-3000:]
-    changing = newest(settings)
-    assert changing is not None
-    assert [count for _, count in changing.training["workers"]] == [many, fewer, many]
+    size = {"workers": workers, "min_workers": fewer, "images": images}
+    settings = settings_of(arguments(tiny_base, tmp_path / "changing", **size))
+    nodes = [node(cluster) for _ in range(workers)]
+    failures: list[BaseException] = []
 
+    def work() -> None:
+        try:
+            train.run(settings)
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    wait_until(settings, 320, thread)
+    cluster.remove_node(nodes[-1], allow_graceful=False)
+    wait_until(settings, images_seen(settings) + 480, thread)
+    node(cluster)
+    thread.join(timeout=500)
+    assert not thread.is_alive()
+    assert not failures, failures
+    planned = runs.plan(settings)
+    changing = read_all(Store(settings.root), planned.name)[-1]
+    sizes = {tuple(entry) for entry in changing.training["workers"]}
+    assert {count for _, count in sizes} == {fewer, workers}, sizes
+
+    os.environ.pop("RANK", None)
     alone = settings_of(arguments(tiny_base, tmp_path / "alone", **size))
-    trainer = Trainer(runs.load(alone, runs.plan(alone)), Events(ending=lambda: seen() >= changing.images_seen), 1)
-
-    def seen() -> int:
-        return trainer.progress.images_seen
-
-    with pytest.raises(Interrupted, match=f"{changing.images_seen} images seen"):
-        trainer.train()
-    undisturbed = newest(alone)
-    assert undisturbed is not None
+    progress = Trainer(runs.load(alone, planned), Events(), 1).train()
     losses = changing.training["losses"]
-    assert [images for images, _ in losses] == [images for images, _ in trainer.progress.losses]
-    assert [loss for _, loss in losses] == pytest.approx([loss for _, loss in trainer.progress.losses], rel=1e-3)
+    assert [images for images, _ in losses] == [images for images, _ in progress.losses]
+    assert [loss for _, loss in losses] == pytest.approx([loss for _, loss in progress.losses], rel=1e-3)
+    undisturbed = read_all(Store(alone.root), planned.name)[-1]
     start = torch.nn.utils.parameters_to_vector(load_base_unet(settings.diffusion).parameters()).detach()
     ours, theirs = (
         torch.nn.utils.parameters_to_vector(load_unet(Store(place.root), one).parameters()).detach()
@@ -184,28 +174,20 @@ def test_nodes_go_and_come(tiny_base: Path, cluster: Any, tmp_path: Path, many: 
     assert float((ours - theirs).norm() / (theirs - start).norm()) < 0.02
 
 
-@contextmanager
-def driver(listed: list[str], address: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The train job as a program, in a session of its own; with whatever it started it is gone afterwards."""
+def driver(listed: list[str], address: str, log: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "ray_jobs.train", "--config", str(HOME / "configs" / "demo.yaml"), *listed]
     environment = {**os.environ, "RAY_ADDRESS": address}
     with open(log, "ab") as file:
-        process = subprocess.Popen(command, cwd=HOME, env=environment, stdout=file, stderr=file, start_new_session=True)
-    try:
-        yield process
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        return subprocess.Popen(command, cwd=HOME, env=environment, stdout=file, stderr=file, start_new_session=True)
 
 
-def wait_for(process: subprocess.Popen[bytes], log: Path, reached: Callable[[], bool]) -> None:
-    """Until a checkpoint says so."""
+def wait_for(settings: Settings, images: int, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + 300
-    while not reached():
+    while images_seen(settings) < images:
         assert process.poll() is None, log.read_text()[-3000:]
-        assert time.monotonic() < deadline, f"not after 300 s: {log.read_text()[-3000:]}"
+        assert time.monotonic() < deadline, f"only {images_seen(settings)} images: {log.read_text()[-3000:]}"
         time.sleep(0.1)
+    time.sleep(random.uniform(0, 0.5))  # somewhere between two checkpoints
 
 
 def training_processes(nodes: list[Any]) -> list[int]:
@@ -223,39 +205,30 @@ def training_processes(nodes: list[Any]) -> list[int]:
 
 
 def test_kills_leave_no_trace(tiny_base: Path, cluster: Any, tmp_path: Path) -> None:
-    """SIGKILL of a worker, of a node and of the driver; the end is bit by bit that of four processes that were left alone."""
+    """SIGKILL of a worker, of a node and of the driver; the end is bit by bit that of a run that was left alone."""
     from momalisa.training import run as runs
 
     size = {"workers": 4, "images": 2400, "resize_check_s": 60}
     listed, log = arguments(tiny_base, tmp_path / "killed", **size), tmp_path / "log"
     settings = settings_of(listed)
     nodes = [node(cluster, cpus=2) for _ in range(2)]
+    process = driver(listed, cluster.address, log)
+    wait_for(settings, random.randrange(1, 4) * 160, process, log)
+    os.kill(random.choice(training_processes(nodes)), signal.SIGKILL)
+    wait_for(settings, images_seen(settings) + random.randrange(1, 3) * 160, process, log)
+    cluster.remove_node(nodes[1], allow_graceful=False)
+    nodes[1] = node(cluster, cpus=2)
+    wait_for(settings, images_seen(settings) + random.randrange(1, 3) * 160, process, log)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = images_seen(settings)
+    assert before < 2400
+    assert driver(listed, cluster.address, log).wait(timeout=400) == 0, log.read_text()[-3000:]
 
-    def go_on(process: subprocess.Popen[bytes], checkpoints: int) -> None:
-        images = images_seen(settings) + checkpoints * 160
-        wait_for(process, log, lambda: images_seen(settings) >= images)
-        time.sleep(random.uniform(0, 0.5))  # somewhere between two checkpoints
-
-    with driver(listed, cluster.address, log) as process:
-        go_on(process, random.randrange(1, 4))
-        os.kill(random.choice(training_processes(nodes)), signal.SIGKILL)
-        go_on(process, random.randrange(1, 3))
-        cluster.remove_node(nodes[1], allow_graceful=False)
-        nodes[1] = node(cluster, cpus=2)
-        go_on(process, random.randrange(1, 3))
-    assert images_seen(settings) < 2400
-    with driver(listed, cluster.address, log) as process:
-        assert process.wait(timeout=400) == 0, log.read_text()[-3000:]
-
-    undisturbed = settings_of(arguments(tiny_base, tmp_path / "alone", **size))
-    groups = Groups()
-    try:
-        groups(runs.load(undisturbed, runs.plan(undisturbed)), 4, tmp_path / "group")
-    finally:
-        groups.close()
-    ours, theirs = newest(settings), newest(undisturbed)
-    assert ours is not None
-    assert theirs is not None
-    assert ours.images_seen == theirs.images_seen == 2400
-    assert ours.state == theirs.state  # sha256 of weights, EMA, optimizer moments and losses
-    assert ours.files == theirs.files
+    alone = arguments(tiny_base, tmp_path / "alone", **size)
+    undisturbed = settings_of(alone)
+    assert driver(alone, cluster.address, log).wait(timeout=400) == 0, log.read_text()[-3000:]
+    ends = [read_all(Store(one.root), runs.plan(one).name)[-1] for one in (settings, undisturbed)]
+    assert [end.images_seen for end in ends] == [2400, 2400]
+    assert ends[0].state == ends[1].state  # sha256 of weights, EMA, optimizer moments and losses
+    assert ends[0].files == ends[1].files

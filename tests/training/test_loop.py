@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -174,6 +174,27 @@ def test_a_loss_that_is_no_number_ends_the_run_and_the_last_checkpoint_stands(ru
     assert all(work in str(caught.value) for work in Trainer(run, Events()).batches.ids(40))
     assert [found.images_seen for found in checkpoints.read_all(run.store, run.name)] == [24]
     assert Trainer(run, Events()).train().images_seen == 48
+
+
+def test_a_loss_that_explodes_ends_the_run_too(run: Run) -> None:
+    """Ten times the usual, or ten where the usual is less: what comes before is an unlucky batch."""
+    for factor, explodes in ((4.0, False), (1000.0, True)):
+        one = changed(replace(run, name=f"by-{factor:g}"), learning_rate=1e-6)
+        trainer = Trainer(one, Events())
+        loss = trainer.loss
+
+        def larger(
+            part: Pass, trainer: Trainer = trainer, loss: Callable[[Pass], torch.Tensor] = loss, factor: float = factor
+        ) -> torch.Tensor:
+            return loss(part) * (factor if trainer.progress.images_seen == 40 else 1)
+
+        trainer.loss = larger  # type: ignore[method-assign]
+        if explodes:
+            with pytest.raises(Diverged, match=r"the loss is \d+.* after 40 images \(usual: \d\.\d+\)"):
+                trainer.train()
+            assert [found.images_seen for found in checkpoints.read_all(one.store, one.name)] == [24]
+        else:
+            assert trainer.train().images_seen == 48
 
 
 def test_accumulation_and_checkpointing_of_gradients_change_no_gradient(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
