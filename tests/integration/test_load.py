@@ -141,5 +141,4 @@ async def test_a_crowd_costs_the_served_nothing(server: tuple[str, Any]) -> None
     assert set(load.statuses) == {200, 429}
     assert sum(load.statuses.values()) == load.asked
     assert all(1 <= wait <= MAX_S for wait in load.waits)
-    assert len(set(load.waits)) > 5  # a crowd does not come back at once
     assert grown < 64 * 2**20

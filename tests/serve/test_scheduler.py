@@ -118,8 +118,12 @@ async def test_places_and_times_are_told(schedulers: Schedulers) -> None:
     scheduler = schedulers(main)
     first = asyncio.create_task(outcome_of(scheduler, task_of(4, steps=60)))
     await until(lambda: len(main.running) == 4)
+    main.engine.paused = True  # type: ignore[attr-defined]
     second = asyncio.create_task(events_of(scheduler, task_of(1, steps=20, key="second")))
+    await until(lambda: scheduler.state().waiting == 1)
     third = asyncio.create_task(events_of(scheduler, task_of(1, steps=20, key="third")))
+    await until(lambda: scheduler.state().waiting == 2)
+    main.engine.paused = False  # type: ignore[attr-defined]
     _, told, later = await asyncio.gather(first, second, third)
     places = [[event for event in events if isinstance(event, Waiting)] for events in (told, later)]
     assert (places[0][0].position, places[1][0].position) == (1, 2)
