@@ -154,7 +154,7 @@ async def test_only_so_many_comparisons_are_open() -> None:
 async def test_votes_need_their_scope(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "keys.json"
     secrets = []
-    for scopes in ("generate,edit,kiosk", "vote"):
+    for scopes in ("generate,edit,kiosk", "vote", "generate"):
         assert keys.main(["add", str(path), "--name", "x", "--scopes", scopes]) == 0
         secrets.append({"Authorization": f"Bearer {capsys.readouterr().out.split()[1]}"})
     async with client_of(Pair(), LIMITS.model_copy(update={"keys": str(path)})) as client:
@@ -164,6 +164,8 @@ async def test_votes_need_their_scope(tmp_path: Path, capsys: pytest.CaptureFixt
         assert (await client.post(vote, json={"better": "first"}, headers=secrets[0])).status_code == 403
         assert (await client.post(vote, json={"better": "first"}, headers=secrets[1])).status_code == 200
         assert (await client.post("/v1/images/generations", json={"prompt": "x"}, headers=secrets[1])).status_code == 403
+        assert (await client.post("/v1/images/edits", headers=secrets[2])).status_code == 403
+        assert (await client.get("/metrics", headers=secrets[2])).status_code == 403
 
 
 COMPARED = GenerationTask("x", (7, 7), 3, 1.0, 16, compare=True)
