@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -137,17 +138,18 @@ def peer(system: str, options: argparse.Namespace) -> Any:
 
     class One:
         def __init__(self) -> None:
-            self.pipelines = Pipelines(*arguments)
+            self.thread = ThreadPoolExecutor(1)  # for all that torch does: OpenMP's workers are one thread's
+            self.pipelines = self.thread.submit(Pipelines, *arguments).result()
 
         async def __call__(self, request: Request) -> Response:
             body = await request.json()
-            (file,) = await asyncio.to_thread(self.pipelines.call, [body])
+            (file,) = await asyncio.get_running_loop().run_in_executor(self.thread, self.pipelines.call, [body])
             return Response(file, media_type="image/png")
 
     class Batched(One):
         @serve.batch(max_batch_size=BURST, batch_wait_timeout_s=0.05)
         async def paint(self, requests: list[dict[str, Any]]) -> list[bytes]:
-            return await asyncio.to_thread(self.pipelines.grouped, requests)
+            return await asyncio.get_running_loop().run_in_executor(self.thread, self.pipelines.grouped, requests)
 
         async def __call__(self, request: Request) -> Response:
             return Response(await self.paint(await request.json()), media_type="image/png")

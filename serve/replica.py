@@ -8,6 +8,7 @@ import os
 import time
 import uuid
 from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
@@ -96,7 +97,15 @@ class Generator:
             return None
 
     def _load(self, path: str) -> LoadedCheckpoint:
-        """Verified and warm. Raises NoCheckpoint, ValueError, or GenerationError for weights that paint nothing."""
+        """Verified and warm. Raises NoCheckpoint, ValueError, or GenerationError for weights that paint nothing.
+
+        Done in a thread that ends: each thread that has run a parallel operation keeps its own OpenMP workers, and where there
+        are more of them than processors libgomp's no longer spin at a barrier: the engine's small operations take twice as long.
+        """
+        with ThreadPoolExecutor(1, "load") as thread:
+            return thread.submit(self._loaded, path).result()
+
+    def _loaded(self, path: str) -> LoadedCheckpoint:
         started, serve = time.monotonic(), self._settings.serve
         published = checkpoint.read(self._store, path)
         dtype = PRECISIONS[serve.precision]
