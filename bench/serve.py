@@ -421,6 +421,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="in process")
     parser.add_argument("--cache-dir", help="in process: where compiled kernels are kept")
     options = parser.parse_args()
+    sys.path[0] = str(HERE.parents[1])  # this file has the name of a package there
     from momalisa.weights import locate
 
     with tempfile.TemporaryDirectory() as folder:
