@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -14,8 +13,10 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -123,6 +124,14 @@ class Cluster:
         environment = {**self.environment, **changes}
         return subprocess.run(command, cwd=HOME, env=environment, capture_output=True, text=True, check=False, timeout=500)
 
+    def logs(self, job: str) -> str:
+        return self.run(str(BIN / "ray"), "job", "logs", job).stdout
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """Those of its nodes whose command line begins so."""
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        return [one for one in family if " ".join(one.as_dict(["cmdline"])["cmdline"] or []).startswith(title)]
+
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
@@ -208,14 +217,20 @@ def test_a_stopped_job_goes_on_from_its_very_step(cluster: Cluster, tiny_base: P
     while "train: checkpoint" not in said:
         said += (line := first.stdout.readline())
         assert line, said[-3000:]
+    workers = cluster.processes("ray::RayTrainWorker")
+    for worker in workers:
+        worker.suspend()  # else it might be done before it is asked to stop
     os.killpg(first.pid, signal.SIGINT)
     said += first.communicate(timeout=60)[0]
     (name,) = re.findall(r"(train-[\d-]+) goes on without you", said)
-    began = time.monotonic()
-    stopped = cluster.run(str(BIN / "ray"), "job", "stop", name)
-    print(json.dumps({"ray_job_stop_s": round(time.monotonic() - began, 1)}))
-    log = cluster.run(str(BIN / "ray"), "job", "logs", name).stdout
-    assert "writing a checkpoint of this step first" in log, stopped.stdout + log[-3000:]
+    with ThreadPoolExecutor(1) as thread:
+        stopping = thread.submit(cluster.run, str(BIN / "ray"), "job", "stop", name)
+        while "asked to stop; writing a checkpoint of this step first" not in (log := cluster.logs(name)):
+            assert not stopping.done(), log[-3000:]
+        for worker in workers:
+            worker.resume()
+        assert stopping.result().returncode == 0
+    log = cluster.logs(name)
     (seen,) = map(int, re.findall(r"stopped, (\d+) images seen; the same command goes on", log))
     store, planned = Store(settings.root), runs.plan(settings)
     assert 320 <= seen == read_all(store, planned.name)[-1].images_seen < 3200
