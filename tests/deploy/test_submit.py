@@ -14,6 +14,7 @@ import urllib.request
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -211,7 +212,8 @@ def test_a_stopped_job_goes_on_from_its_very_step(cluster: Cluster, tiny_base: P
     settings, options = published(tiny_base, tmp_path / "stopped")
     command = [sys.executable, "-m", "deploy.submit", "train", "--config", "configs/demo.yaml", *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-    first = subprocess.Popen(command, cwd=HOME, env=cluster.environment, **pipes)
+    listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore Ctrl-C
+    first = subprocess.Popen(command, cwd=HOME, env=cluster.environment, preexec_fn=listens, **pipes)
     assert first.stdout is not None
     said = ""
     while "train: checkpoint" not in said:
