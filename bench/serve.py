@@ -1,7 +1,7 @@
 """Pictures over HTTP beside a diffusers pipeline in Ray Serve, in one run: same model, requests, arrivals, precision.
 
     python bench/serve.py                     everything: peaks, Poisson arrivals at several rates, bursts
-    python bench/serve.py --seconds 60 --compile --record
+    python bench/serve.py --seconds 60 --set serve.compile=true --record
     python bench/serve.py --in-process        the engine alone beside pipeline calls: no Ray, no HTTP
     python bench/serve.py --in-process --threads 1
                                               CPU seconds a picture: for a machine that others use too
@@ -9,10 +9,11 @@
                                               on a GPU, Stable Diffusion 1.4's size with random weights
 
 Peers: `one` is a pipeline call for each request in a Serve deployment, as in Ray's own example; `batch` is the same
-behind `@serve.batch`, where requests that arrive together and have steps, scale and mode in common share a call. Ours is
-`serve.app:build`. They run one after the other on the same cores; each has as many threads as there are. Requests are a
-fixed mix: guided pictures of 20 steps, some of 10 and 30, some from a picture. `one`'s peak is measured first; rates are
-shares of it, and of `batch`'s. A line for each measurement goes to stderr; the last line printed is one JSON object.
+behind `@serve.batch`, where requests that arrive together and have steps, scale and mode in common share a call; both do all
+that torch does in one thread, as ours does. Ours is `serve.app:build`. They run one after the other on the same cores; each
+has as many threads as there are. Requests are a fixed mix: guided pictures of 20 steps, some of 10 and 30, some from a
+picture. `one`'s peak is measured first; rates are shares of it, and of `batch`'s. A line for each measurement goes to
+stderr; the last line printed is one JSON object.
 """
 
 from __future__ import annotations

@@ -26,7 +26,9 @@ def picture(task: GenerationTask, index: int, checkpoint: LoadedCheckpoint, imag
         raise GenerationError("the picture is one flat colour: the weights are damaged, or try precision fp32")
     if checkpoint.check is not None and (reason := checkpoint.check(image)):
         return Picture(index, None, checkpoint.id, reason)
-    fields = to_parameters(request_of(task, index)) | {"checkpoint": checkpoint.id}
+    fields = to_parameters(request_of(task, index))
+    if not task.compare:  # a vote is blind, for readers of files too
+        fields["checkpoint"] = checkpoint.id
     if task.tier != "full":
         fields["tier"] = task.tier
     return Picture(index, png.encode(image, fields), checkpoint.id)

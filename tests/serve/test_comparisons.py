@@ -17,7 +17,7 @@ from momalisa import votes
 from momalisa.config import Serve, Settings
 from momalisa.storage import Store
 from momalisa.votes import Vote
-from serve import keys
+from serve import keys, png
 from serve.api import create_app
 from serve.loaded_checkpoint import LoadedCheckpoint
 from serve.meters import Meters
@@ -75,6 +75,8 @@ async def test_a_vote_from_two_pictures_to_what_promotion_reads(settings: Settin
             assert (await client.get("/healthz")).json()["challenger"] == "tiny-128"
             shown = (await client.post(PATH, json={"prompt": "a secret wish", "seed": 5, "n": 3, "stream": True})).json()
             assert (shown["seed"], len(shown["data"]), "tiny" in json.dumps({**shown, "data": []})) == (5, 2, False)
+            files = [png.read(base64.b64decode(entry["b64_json"])) for entry in shown["data"]]
+            assert [(file["seed"], "checkpoint" in file) for file in files] == [("5", False)] * 2
             answer = await client.post(f"{PATH}/{shown['id']}/vote", json={"better": "second"})
             assert answer.status_code == 200
             again = await client.post(f"{PATH}/{shown['id']}/vote", json={"better": "first"})
