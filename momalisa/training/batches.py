@@ -1,6 +1,8 @@
-"""What the UNet is trained on in each step, made ahead of time in a thread: everything random is drawn here.
+"""What the UNet is trained on in each step: everything random is drawn here.
 
-A function of (settings, images seen, rank, workers), and nothing else.
+A function of (settings, images seen, rank, workers), and nothing else. Beside a GPU it is made ahead of time in a thread.
+On a CPU it is made when it is asked for (1% of a step): a second thread with a team of OpenMP's makes more of its threads
+than there are processors, libgomp then stops spinning, and every small operation of a step waits for threads to wake up.
 """
 
 from __future__ import annotations
@@ -84,7 +86,7 @@ class Texts:
 
 
 class Batches:
-    """The passes of one worker, step by step; the next step's are made while this one's are used."""
+    """The passes of one worker, step by step; beside a GPU the next step's are made while this one's are used."""
 
     def __init__(
         self,
@@ -99,11 +101,13 @@ class Batches:
         self.train, self.cache, self.schedule, self.texts, self.scaling_factor = train, cache, schedule, texts, scaling_factor
         self.rank, self.workers = rank, workers
         self.cells = Cells(train.seed, cache.buckets(), train.cell_size)
-        self._thread = ThreadPoolExecutor(1, "batches")
+        self._thread = ThreadPoolExecutor(1, "batches") if torch.cuda.is_available() else None
         self._ahead: tuple[int, Future[list[Pass]]] | None = None
 
     def at(self, images_seen: int) -> list[Pass]:
         """The passes of the step that begins after so many images; never none."""
+        if self._thread is None:
+            return self.make(images_seen)
         if self._ahead is None or self._ahead[0] != images_seen:
             self._ahead = (images_seen, self._thread.submit(self.make, images_seen))
         found = self._ahead[1].result()
@@ -146,4 +150,5 @@ class Batches:
         return made.pinned() if torch.cuda.is_available() else made
 
     def close(self) -> None:
-        self._thread.shutdown(cancel_futures=True)
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
