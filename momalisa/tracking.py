@@ -1,11 +1,13 @@
 """Weights & Biases and TensorBoard: metrics, pictures and the promoted model. Never in the way of the work.
 
-W&B is offline without a key, and goes on offline where its server does not answer: `wandb sync` brings the files there later.
+W&B is offline without a key, and goes on offline where its server does not answer: `wandb sync` brings the files there later,
+from <root>/wandb, or where the root is a bucket from a copy of <root>/wandb/<run>, which is written when the job ends.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ from PIL import Image
 
 from momalisa.config import Settings
 from momalisa.redaction import redacted
+from momalisa.storage import Store
 
 FINISH_S = 60.0  # for uploads at the end; what is not done by then stays on disk for `wandb sync`
 EVALUATION = "evaluation"
@@ -80,13 +83,13 @@ class Tracker:
 
 
 class WandbRun:
-    """A run in W&B; its files lie below the root, or for a bucket in a folder of this machine."""
+    """A run in W&B; its files lie below the root, or for a bucket in a folder of this machine until the run has finished."""
 
     def __init__(self, settings: Settings, run_id: str, job: str) -> None:
         import wandb
 
-        local = "://" not in settings.root
-        self.directory = Path(settings.root).absolute() if local else Path(tempfile.mkdtemp(prefix="momalisa-wandb-"))
+        self._bucket = Store(settings.root) if "://" in settings.root else None
+        self.directory = Path(tempfile.mkdtemp(prefix="momalisa-wandb-") if self._bucket else settings.root).absolute()
         self.directory.mkdir(parents=True, exist_ok=True)
         self._wandb, self._settings = wandb, settings
         self._begin: dict[str, Any] = {
@@ -120,11 +123,8 @@ class WandbRun:
                 raise
             server = os.environ.get("WANDB_BASE_URL", "its server")
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            print(
-                f"W&B: {server} cannot be used ({reason}); going on offline, bring the run there later with "
-                f"`wandb sync {self.directory}/wandb/offline-run-*`",
-                flush=True,
-            )
+            later = "" if self._bucket else f", bring the run there later with `wandb sync {self.directory}/wandb/offline-run-*`"
+            print(f"W&B: {server} cannot be used ({reason}); going on offline{later}", flush=True)
             self._wandb.teardown()
             return self._init("offline")
 
@@ -155,6 +155,22 @@ class WandbRun:
 
     def finish(self) -> None:
         self._run.finish()
+        if self._bucket is not None and self._run.offline:
+            self._wandb.teardown()  # W&B's own process writes its last lines when it ends
+            self._carry(self._bucket)
+
+    def _carry(self, bucket: Store) -> None:
+        """Bring an offline run's files from this machine to <root>/wandb/<run>: all but what W&B stages in a folder of its own,
+        the files of pictures and models."""
+        folder = f"wandb/{self._begin['name']}"
+        for written in (self.directory / "wandb").glob("offline-run-*"):
+            bucket.upload(written, f"{folder}/{written.name}")
+        shutil.rmtree(self.directory)
+        print(
+            f"W&B: this offline run is in {bucket.url(folder)}; bring it to the server with `gcloud storage cp -r "
+            f"{bucket.url(folder)} . && wandb sync {self._begin['name']}/offline-run-*`",
+            flush=True,
+        )
 
 
 class Board:

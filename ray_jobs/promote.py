@@ -9,8 +9,8 @@
     --rollback           go back to what was promoted before
     --log                print every promotion, the newest first
 
-Writes a contact sheet (base above best, equal seeds) to reports/<run>/contact.png and the reasons beside it, logs the
-model to W&B as an artifact with the alias `best`, and writes refs/best last. docs/promotion.md has the rules.
+Writes a contact sheet (base above best, equal seeds) to reports/<run>/contact.png and the reasons beside it, then moves
+refs/best. Whenever that moved, the model goes to W&B as an artifact with the alias `best`. docs/promotion.md has the rules.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def run(settings: Settings) -> dict[str, Any]:
         decision = decide(settings, planned)
         promotion.require(settings, decision)
         show(settings, planned, decision)
-        log_artifact(settings, planned, decision)
         pointer = promotion.publish(settings, decision, evidence)
+        log_artifact(settings, pointer)
     else:
         print(f"promote: nothing new ({pointer['checkpoint']} is the best of {len(found)})")
     return {
@@ -72,7 +72,9 @@ def average(settings: Settings, planned: Plan) -> None:
 
     if wanted := posthoc.wanted(settings, planned.name):
         connect()
-        _map(settings, posthoc.make, [(Store(settings.root), *one) for one in wanted])
+        failed = _map(settings, posthoc.attempt, [(Store(settings.root), *one) for one in wanted])
+        for why in filter(None, failed):
+            print(f"promote: {why}; passed over", flush=True)
 
 
 def decide(settings: Settings, planned: Plan) -> Decision:
@@ -112,27 +114,51 @@ def _map(settings: Settings, function: Any, calls: list[tuple[Any, ...]]) -> lis
 
 
 def watch(settings: Settings) -> dict[str, Any]:
-    """Measure the held-out losses of checkpoints as they appear, until the run is complete; then choose."""
+    """Measure the held-out losses of checkpoints as they appear, until the run is complete; then choose.
+
+    Raises ValueError where none appears for `promote.watch_patience_s`.
+    """
     from momalisa import promotion
     from momalisa.checkpoint import NoCheckpoint
     from momalisa.promotion.panel import Panel
+    from momalisa.storage import Store
     from momalisa.training import run as runs
     from ray_jobs._cluster import connect
 
     connect()
-    planned, told = runs.plan(settings), 0
-    while True:
-        try:
-            found = promotion.candidates(settings, planned)
-        except NoCheckpoint:
-            found = []
-        if len(found) > told:
-            told = len(found)
+    planned, patience_s, store = runs.plan(settings), settings.promote.watch_patience_s, Store(settings.root)
+    print(f"promote: watching {planned.name}{_waits(settings)}", flush=True)
+    told: set[str] = set()
+    since = time.monotonic()
+    while time.monotonic() - since < patience_s:
+        written = {path for path in store.list(f"checkpoints/{planned.name}") if path.endswith("/manifest.json")}
+        if written - told:
+            told |= written
+            try:
+                found = promotion.candidates(settings, planned)
+            except NoCheckpoint:  # none of these is whole
+                continue
             _, measured = Panel(settings, planned, found, lambda function, calls: _map(settings, function, calls)).losses()
-            print(f"promote: {measured[-1].name} has a held-out loss of {measured[-1].loss:.5f}" if measured else "", flush=True)
-        if found and (found[-1].images_seen >= settings.train.images or found[-1].training.get("stopped")):
-            return run(settings)
+            for one in measured[-1:]:
+                print(f"promote: {one.name} has a held-out loss of {one.loss:.5f}", flush=True)
+            if found[-1].images_seen >= settings.train.images or found[-1].training.get("stopped"):
+                return run(settings)
+            since = time.monotonic()
         time.sleep(WATCH_S)
+    raise ValueError(
+        f"no new checkpoint of {planned.name} for {patience_s:g} s (promote.watch_patience_s): training seems to be over. Start "
+        "it again, or choose among those that there are: the same command without --watch"
+    )
+
+
+def _waits(settings: Settings) -> str:
+    """What measuring has to wait for, where this cluster has no accelerator for it beside training's."""
+    import ray
+
+    wanted, held = settings.promote.gpus_per_task, settings.train.workers * settings.train.gpus_per_worker
+    if not wanted or (there := ray.cluster_resources().get("GPU", 0)) >= wanted + held:
+        return ""
+    return f"; measuring waits until {wanted:g} of this cluster's {there:g} GPUs is free: on a single card, when training ends"
 
 
 def show(settings: Settings, planned: Plan, decision: Decision) -> None:
@@ -150,19 +176,19 @@ def show(settings: Settings, planned: Plan, decision: Decision) -> None:
     Store(settings.root).write_bytes(f"reports/{planned.name}/contact.png", sheet)
 
 
-def log_artifact(settings: Settings, planned: Plan, decision: Decision) -> None:
-    """The promoted weights as a W&B model artifact with the alias `best`, after the dataset they come from."""
+def log_artifact(settings: Settings, pointer: dict[str, Any]) -> None:
+    """What `refs/best` names now as a W&B model artifact with the alias `best`, after the dataset that it comes from."""
+    from momalisa import checkpoint as checkpoints
     from momalisa.storage import Store
     from momalisa.tracking import Tracker
 
-    assert decision.best is not None
-    best = decision.best.checkpoint
-    assert best is not None
-    tracker = Tracker(settings, planned.name, "promote")
+    store = Store(settings.root)
+    best = checkpoints.read(store, pointer["checkpoint"])
+    tracker = Tracker(settings, best.run, "promote")
     with tempfile.TemporaryDirectory(prefix="momalisa-") as scratch:
-        weights = Store(settings.root).download(f"{best.path}/weights", best.files, Path(scratch))
+        weights = store.download(f"{best.path}/weights", best.files, Path(scratch))
         tracker.dataset(best.training.get("dataset"))
-        tracker.artifact(settings.name, weights, {"checkpoint": best.name, **decision.scores()}, alias="best")
+        tracker.artifact(settings.name, weights, {"checkpoint": best.name, **pointer["scores"]}, alias="best")
         tracker.finish()
 
 
@@ -182,13 +208,17 @@ def rollback(settings: Settings) -> dict[str, Any]:
     from momalisa.promotion import ledger
     from momalisa.storage import Store
 
-    return {"said": f"refs/best is {ledger.rollback(Store(settings.root))['checkpoint']} again"}
+    pointer = ledger.rollback(Store(settings.root))
+    log_artifact(settings, pointer)
+    return {"said": f"refs/best is {pointer['checkpoint']} again"}
 
 
 def by_hand(settings: Settings, name: str) -> dict[str, Any]:
     from momalisa import promotion
 
-    return {"said": f"refs/best is {promotion.by_hand(settings, name)['checkpoint']}, by hand"}
+    pointer = promotion.by_hand(settings, name)
+    log_artifact(settings, pointer)
+    return {"said": f"refs/best is {pointer['checkpoint']}, by hand"}
 
 
 def log(settings: Settings) -> dict[str, Any]:

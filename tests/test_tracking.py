@@ -6,7 +6,9 @@ import json
 import socket
 import struct
 import sys
+import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from PIL import Image
 
 from momalisa import config, tracking
 from momalisa.config import Settings
+from momalisa.storage import Store
 from momalisa.tracking import Tracker
 
 
@@ -103,6 +106,26 @@ def test_without_a_key_everything_is_in_the_offline_run(settings: Settings, tmp_
     assert b"museum.example/works.csv" in everything
     assert b"hunter2" not in everything
     assert b"signature=abc" not in everything
+
+
+def test_an_offline_run_beside_a_bucket_is_brought_there(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "node"))
+    (tmp_path / "node").mkdir()
+    root = f"memory://{uuid.uuid4().hex}/moma"
+    follow(settings.model_copy(update={"root": root}), tmp_path / "weights")
+    store = Store(root)
+    assert not list((tmp_path / "node").glob("momalisa-wandb-*"))
+    said = capsys.readouterr().out
+    assert f"gcloud storage cp -r {root}/wandb/demo-1 . && wandb sync demo-1/offline-run-*" in said
+    for path in store.list("wandb/demo-1"):
+        copy = tmp_path / "copy" / path.replace("wandb/demo-1/", "wandb/")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(store.read_bytes(path))
+    found = records(tmp_path / "copy")
+    assert [row["images_seen"] for row in history(found) if "loss" in row] == [32, 64]
+    assert any(record.WhichOneof("record_type") == "exit" for record in found)  # whole when it was brought
 
 
 def test_a_server_that_does_not_answer_means_offline_and_one_message(

@@ -17,16 +17,17 @@ import hashlib
 import tempfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from safetensors.torch import save_file
 
 from momalisa.checkpoint.card import card, licence
 from momalisa.config import Diffusion
 from momalisa.latents import TextEncoder
-from momalisa.storage import Store
+from momalisa.storage import StorageError, Store
 from momalisa.weights import locate
 
 BEST = "refs/best"
@@ -90,17 +91,37 @@ def write(store: Store, checkpoint: Checkpoint, weights: Path, state: Path | Non
     return complete
 
 
+class Average(BaseModel, extra="allow", strict=True):
+    sigma_rel: float
+
+
+class Training(BaseModel, extra="allow", strict=True):
+    """Of `Checkpoint.training`, what this program reads again."""
+
+    losses: list[Annotated[list[float], Field(min_length=2, max_length=2)]] = []  # (images seen, training loss)
+    settings: dict[str, Any] | None = None
+    average: Average | None = None  # of one that was made after training
+    dataset: str | None = None
+    stopped: bool = False
+
+
+_manifest = TypeAdapter(Checkpoint)
+
+
 def read(store: Store, path: str) -> Checkpoint:
-    """The checkpoint at a path. Raises NoCheckpoint where there is no manifest, or one that is not ours."""
+    """The checkpoint at a path. Raises NoCheckpoint where there is no manifest, or one that is not ours; StorageError where the
+    storage does not say."""
     try:
         value = store.read_json(f"{path}/manifest.json")
+    except StorageError:
+        raise
     except FileNotFoundError as error:
         raise NoCheckpoint(f"{store.url(path)} holds no complete checkpoint") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise NoCheckpoint(f"{store.url(path)}/manifest.json is damaged: {error}") from error
     if (wrong := _wrong(value, path)) is not None:
         raise NoCheckpoint(f"{store.url(path)} is not a checkpoint of this program: {wrong}")
-    return Checkpoint(**value)
+    return _manifest.validate_python(value)
 
 
 def _wrong(value: Any, path: str) -> str | None:
@@ -111,12 +132,24 @@ def _wrong(value: Any, path: str) -> str | None:
     needed = {"path", "run", "images_seen", "base", "files"}
     if unknown := sorted((set(value) - known) | (needed - set(value))):
         return f"its manifest has other fields ({', '.join(unknown)})"
-    if value["path"] != path:
-        return f"its manifest belongs to {value['path']}"
-    names = [*value["files"], *value.get("state", {})]
-    if outside := [name for name in names if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute()]:
+    try:
+        checkpoint = _manifest.validate_python(value)
+        Diffusion.model_validate(checkpoint.base)
+        Training.model_validate(checkpoint.training)
+    except ValidationError as error:
+        first = error.errors()[0]
+        return f"its manifest's {'.'.join(str(part) for part in first['loc'])} is something else ({first['msg']})"
+    if checkpoint.path != path:
+        return f"its manifest belongs to {checkpoint.path}"
+    if outside := [name for name in (*checkpoint.files, *checkpoint.state) if not _inside(name)]:
         return f"its manifest names {outside[0]!r}"
-    return None if value["files"] else "its manifest names no weights"
+    return None if checkpoint.files else "its manifest names no weights"
+
+
+def _inside(name: str) -> bool:
+    """Whether a file's name stays below the folder that it is named in."""
+    path = PurePosixPath(name)
+    return path.as_posix() == name != "." and not path.is_absolute() and ".." not in path.parts
 
 
 def read_all(store: Store, run: str) -> list[Checkpoint]:

@@ -14,13 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 
-from momalisa.storage import Store
+from momalisa.config.training import LONGEST_EMA
+from momalisa.storage import StorageError, Store
 
 AVERAGES = "averages"
 HASHES = "hashes.json"
 ENDING = ".safetensors"
+
+_hashes = TypeAdapter(dict[str, str])
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,30 @@ def write(store: Store, checkpoint: str, values: dict[float, dict[str, torch.Ten
 
 
 def read_all(store: Store, run: str) -> list[Snapshot]:
-    """Every complete snapshot of a run, in order of images seen."""
-    ends = f"/{AVERAGES}/{HASHES}"
-    folders = [path.removesuffix(f"/{HASHES}") for path in store.list(f"checkpoints/{run}") if path.endswith(ends)]
-    found = [Snapshot(path, int(path.split("/")[-2]), store.read_json(f"{path}/{HASHES}")) for path in folders]
+    """Every complete snapshot of a run, in order of images seen. One that is damaged is passed over and said."""
+    found = []
+    for path in store.list(f"checkpoints/{run}"):
+        if path.endswith(f"/{AVERAGES}/{HASHES}"):
+            try:
+                found.append(_read(store, path.removesuffix(f"/{HASHES}")))
+            except FileNotFoundError:  # `retain` was here meanwhile
+                continue
+            except StorageError:
+                raise
+            except (ValueError, RecursionError) as error:
+                said = str(error).splitlines()[0]
+                print(f"averages: {store.url(path)} is damaged ({said}); passed over", flush=True)
     return sorted(found, key=lambda snapshot: snapshot.images_seen)
+
+
+def _read(store: Store, folder: str) -> Snapshot:
+    """Raises FileNotFoundError, and ValueError where the hashes are not such."""
+    hashes = _hashes.validate_python(store.read_json(f"{folder}/{HASHES}"))
+    snapshot = Snapshot(folder, int(folder.split("/")[-2]), hashes)
+    for name, length in zip(hashes, snapshot.lengths, strict=True):
+        if name != f"{length}{ENDING}" or not 0 < length <= LONGEST_EMA:
+            raise ValueError(f"it names {name!r}")
+    return snapshot
 
 
 def load(store: Store, snapshot: Snapshot, sigma_rel: float) -> dict[str, torch.Tensor]:

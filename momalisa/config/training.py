@@ -167,7 +167,8 @@ class Promote(Section):
     max_pictures: Positive = 64
     """Held-out pictures at most."""
     distance_pictures: Annotated[int, Field(ge=0)] = 0
-    """Pictures generated for the distance to the collection (MMD); 0: leave it out."""
+    """Pictures generated for the distance to the collection (MMD), at most one for each held-out work; 0: leave it out. Fewer
+    than `tie_pictures` are a figure in the report that decides nothing."""
     distance_steps: Positive = 12
     guidance_scale: float = Field(default=7.5, ge=1)
     """Of the pictures that promote generates."""
@@ -203,6 +204,8 @@ class Promote(Section):
     so many pictures; else the lowest loss is chosen."""
     votes_needed: Positive = 200
     """Pairwise votes that are enough to overrule the scores."""
+    watch_patience_s: float = Field(default=3600, gt=0)
+    """How long `promote --watch` waits for a checkpoint, before it says that training seems to be over and ends."""
     measure_all: bool = False
     """Measure the gates of every checkpoint, not only of those that could be chosen."""
     allow_worse: bool = False

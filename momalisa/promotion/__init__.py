@@ -62,7 +62,7 @@ def evidence_id(settings: Settings, found: Sequence[Checkpoint]) -> str:
     chosen = settings.promote
     judges = [(chosen.clip_model, chosen.clip_revision), (chosen.alignment_model, chosen.alignment_revision)]
     named = [identity(model, revision) if model else None for model, revision in judges]
-    decisive = chosen.model_dump(exclude={"cpus_per_task", "gpus_per_task", "tasks", "batch", "measure_all"})
+    decisive = chosen.model_dump(exclude={"cpus_per_task", "gpus_per_task", "tasks", "batch", "measure_all", "watch_patience_s"})
     weights = [(checkpoint.path, sorted(checkpoint.files.items())) for checkpoint in found]
     return short_id(decisive, named, weights, votes.identity(votes.read(Store(settings.root))))
 

@@ -26,6 +26,7 @@ from momalisa.quality import Difference, interval, paired_difference
 from momalisa.votes import Vote
 
 BASE = "base"
+UNSEEN = "the copy gate is left out: not enough works have a thumbnail to compare with"
 
 
 @dataclass(eq=False)
@@ -103,8 +104,9 @@ class Poll:
         return self.over_leader is not None and self.over_leader[1] > 0
 
 
-def poll(cast: Sequence[Vote], field_: Sequence[Evidence], leader: Evidence) -> Poll:
-    """The votes between candidates (and the base), and how far the strongest candidate is above the leader."""
+def poll(cast: Sequence[Vote], field_: Sequence[Evidence], leader: Evidence, refused: Sequence[str] = ()) -> Poll:
+    """The votes between candidates (and the base), and how far the strongest candidate that was not `refused` (by name) is above
+    the leader."""
     names = {one.name for one in field_}
     spelled = {one.checkpoint.id: one.name for one in field_ if one.checkpoint}  # as the server names them
     named = [Vote(spelled.get(vote.winner, vote.winner), spelled.get(vote.loser, vote.loser)) for vote in cast]
@@ -113,7 +115,7 @@ def poll(cast: Sequence[Vote], field_: Sequence[Evidence], leader: Evidence) -> 
     if leader.name not in voted:
         return Poll(len(counted))
     strengths = votes.fit(counted)
-    strongest = max(sorted(voted & names), key=lambda name: strengths.values[strengths.names.index(name)])
+    strongest = max(sorted((voted & names) - set(refused)), key=lambda name: strengths.values[strengths.names.index(name)])
     return Poll(len(counted), strongest, strengths.difference(strongest, leader.name) if strongest != leader.name else None)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from momalisa.config import Promote, Settings
-from momalisa.promotion.decision import Decision, Evidence, failures, forgotten, seen
+from momalisa.promotion.decision import UNSEEN, Decision, Evidence, failures, forgotten, seen
 from momalisa.quality import paired_difference
 from momalisa.report import STYLE, curves
 from momalisa.storage import Store
@@ -45,9 +45,10 @@ def verdict(settings: Promote, decision: Decision, one: Evidence) -> str:
     if one.checkpoint is None:
         return "the base"
     wrong = "; ".join(failures(settings, decision.base, one))
+    unseen = f" ({UNSEEN})" if settings.gate_pictures and one.looked_at and one.copies is None else ""
     if decision.best is one:
-        return f"best: {decision.reason}" + (f" (although {wrong})" if wrong else "")
-    return wrong or ("passes" if one.looked_at else "passes as far as it was measured")
+        return f"best: {decision.reason}" + (f" (although {wrong})" if wrong else "") + unseen
+    return wrong or (f"passes{unseen}" if one.looked_at else "passes as far as it was measured")
 
 
 def table(settings: Promote, decision: Decision) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from momalisa.checkpoint import BEST, Checkpoint, read, verify
 from momalisa.checkpoint.retention import LOG
-from momalisa.storage import Pointer, Store, canonical_json
+from momalisa.storage import Pointer, StorageError, Store, canonical_json
 
 Kind = Literal["evidence", "hand", "rollback"]
 Entry = dict[str, Any]
@@ -35,10 +35,12 @@ def promote(
     evidence: str | None,
     reason: str = "",
 ) -> dict[str, Any]:
-    """Add an entry and move `refs/best`, if it is still what was `seen`; returns what it says. Nothing may follow this write.
+    """Add an entry and move `refs/best`, if it is still what was `seen`; returns what it says. Whoever only looks on (W&B) is
+    told after this write.
 
     Every file of the checkpoint is compared with its hash first. Raises ValueError where one is not right, and Overtaken.
     """
+    verify(store, checkpoint)
     last = _entry(store, seen)
     same = last is not None and last["checkpoint"] == checkpoint.path  # the same again is no step that one could take back
     undo = last["undo"] if last and same else (seen.value or {}).get("entry")
@@ -46,21 +48,30 @@ def promote(
 
 
 def rollback(store: Store) -> dict[str, Any]:
-    """Promote what was promoted before; again, and it is what was before that. Raises ValueError where nothing was."""
+    """Promote what was promoted before; again, and it is what was before that. One that is not whole any more is passed over and
+    said. Raises ValueError where nothing was."""
     seen = store.read_pointer(BEST)
     current = _entry(store, seen)
-    if current is None or current["undo"] is None:
-        raise ValueError(f"{store.url(BEST)}: nothing was promoted before that one could go back to")
-    earlier = store.read_json(current["undo"])
-    about = {"kind": "rollback", "reason": f"back from {current['name']}", "undo": earlier["undo"]}
-    checkpoint = read(store, earlier["checkpoint"])
-    return _append(store, checkpoint, seen, about, earlier["scores"], seen.value.get("evidence"))
+    undo = current["undo"] if current else None
+    while current is not None and undo is not None:
+        earlier = store.read_json(undo)
+        undo = earlier["undo"]
+        try:
+            checkpoint = read(store, earlier["checkpoint"])
+            verify(store, checkpoint)
+        except StorageError:
+            raise
+        except ValueError as error:
+            print(f"promote: {earlier['name']} is passed over: {error}", flush=True)
+            continue
+        about = {"kind": "rollback", "reason": f"back from {current['name']}", "undo": undo}
+        return _append(store, checkpoint, seen, about, earlier["scores"], seen.value.get("evidence"))
+    raise ValueError(f"{store.url(BEST)}: nothing was promoted before that one could go back to")
 
 
 def _append(
     store: Store, checkpoint: Checkpoint, seen: Pointer, about: Entry, scores: dict[str, Any], evidence: str | None
 ) -> dict[str, Any]:
-    verify(store, checkpoint)
     last = _entry(store, seen)
     entry = {
         **about,

@@ -17,6 +17,7 @@ from PIL import Image
 
 from momalisa import alignment, copies
 from momalisa import checkpoint as checkpoints
+from momalisa.checkpoint import NoCheckpoint
 from momalisa.config import Settings
 from momalisa.dataset import Dataset
 from momalisa.diffusion import Schedule
@@ -45,18 +46,22 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def place(settings: Settings, planned: Plan, path: str | None, what: str) -> str:
-    """Where a measurement is kept: of these very weights, under every setting that decides it."""
-    chosen, store = settings.promote, Store(settings.root)
-    weights = identity(settings.diffusion.model, settings.diffusion.revision)
-    if path is not None:
-        weights += repr(sorted(checkpoints.read(store, path).files.items()))
+def rules(settings: Settings, what: str) -> str:
+    """A name for what decides a measurement, but for the weights that are measured."""
+    chosen = settings.promote
     judges = {
         LOSSES: (),
         GATES: (general.path(settings), _identity(chosen.alignment_model, chosen.alignment_revision)),
         DISTANCE: (_identity(chosen.clip_model, chosen.clip_revision),),
     }[what]
-    name = short_id(what, weights, [getattr(chosen, field) for field in DECISIVE[what]], judges, settings.encode.resolution_px)
+    base = identity(settings.diffusion.model, settings.diffusion.revision)
+    return short_id(what, base, [getattr(chosen, field) for field in DECISIVE[what]], judges, settings.encode.resolution_px)
+
+
+def place(settings: Settings, planned: Plan, path: str | None, what: str) -> str:
+    """Where a measurement is kept: of these very weights, by these very rules. Raises NoCheckpoint where they are gone."""
+    weights = sorted(checkpoints.read(Store(settings.root), path).files.items()) if path is not None else []
+    name = short_id(rules(settings, what), weights)
     return f"evaluations/{planned.name}/{'base' if path is None else path.rsplit('/', 1)[-1]}/{name}/{what}.json"
 
 
@@ -65,17 +70,29 @@ def _identity(model: str | None, revision: str | None) -> str | None:
 
 
 def known(settings: Settings, planned: Plan, path: str | None, what: str) -> Measured | None:
-    """What was measured before, or None."""
+    """What was measured before, or None; {"error": why} of a checkpoint that is gone."""
     try:
-        found: Measured = Store(settings.root).read_json(place(settings, planned, path, what))
+        return _kept(settings, place(settings, planned, path, what))
+    except NoCheckpoint as error:
+        return {"error": str(error)}
+
+
+def _kept(settings: Settings, where: str) -> Measured | None:
+    try:
+        found: Measured = Store(settings.root).read_json(where)
     except FileNotFoundError:
         return None
     return found
 
 
 def measured(settings: Settings, planned: Plan, path: str | None, what: str) -> Measured:
-    """Measure, or read what was measured. A checkpoint that is not whole gives {"error": why} and leaves nothing behind."""
-    if (found := known(settings, planned, path, what)) is not None:
+    """Measure, or read what was measured. A checkpoint that is not whole, or was deleted meanwhile, gives {"error": why} and
+    leaves nothing behind."""
+    try:
+        where = place(settings, planned, path, what)
+    except NoCheckpoint as error:
+        return {"error": str(error)}
+    if (found := _kept(settings, where)) is not None:
         return found
     functions: dict[str, Callable[[Settings, Plan, Model], Measured]] = {LOSSES: _losses, GATES: _gates, DISTANCE: _distance}
     with torch.random.fork_rng():
@@ -85,9 +102,22 @@ def measured(settings: Settings, planned: Plan, path: str | None, what: str) -> 
             if path is None:
                 raise
             return {"error": str(error)}
-        result = {"checkpoint": path, **functions[what](settings, planned, model)}
-    Store(settings.root).write_json(place(settings, planned, path, what), result)
+        result = {"checkpoint": path, "rules": rules(settings, what), **functions[what](settings, planned, model)}
+    Store(settings.root).write_json(where, result)
     return result
+
+
+def mean_losses(settings: Settings, planned: Plan) -> dict[int, float]:
+    """{images seen: mean held-out loss} of all the run's checkpoints that were measured by these rules, those too that are gone
+    by now."""
+    store, wanted, found = Store(settings.root), rules(settings, LOSSES), {}
+    for path in store.list(f"evaluations/{planned.name}"):
+        images = path.split("/")[2]
+        if path.endswith(f"/{LOSSES}.json") and images.isdigit():
+            kept = store.read_json(path)
+            if kept.get("rules") == wanted:
+                found[int(images)] = sum(kept["held_out"]) / len(kept["held_out"])
+    return found
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from momalisa import votes
 from momalisa.checkpoint import Checkpoint
 from momalisa.config import Settings
 from momalisa.promotion import general, measure
-from momalisa.promotion.decision import Decision, Evidence, failures, poll, tied
+from momalisa.promotion.decision import UNSEEN, Decision, Evidence, Poll, failures, poll, tied
 from momalisa.promotion.measure import DISTANCE, GATES, LOSSES, Measured
 from momalisa.storage import Store
 from momalisa.training.run import Plan
@@ -41,20 +41,18 @@ class Panel:
         if chosen.measure_all:
             self.look_at([base, *candidates])
         leader, reason = self._leader(base, candidates)
-        said = poll(votes.read(Store(self.settings.root)), candidates, leader) if leader else None
-        if leader and said and said.count >= chosen.votes_needed and said.clear:
-            preferred = next(one for one in candidates if one.name == said.strongest)
-            self.look_at([base, preferred])
-            if not failures(chosen, base, preferred):
-                leader, reason = preferred, f"{said.count} votes prefer it to {leader.name}"
-        if leader is None and chosen.allow_worse and candidates:
-            leader, reason = min(candidates, key=lambda one: one.loss), "promote.allow_worse: lowest held-out loss of all"
+        preferred, said = self._preferred(base, candidates, leader) if leader else (None, None)
+        if leader and said and preferred:
+            leader, reason = preferred, f"{said.count} votes prefer it to {leader.name}"
+        whole = [one for one in candidates if one.name not in self.broken]
+        if leader is None and chosen.allow_worse and whole:
+            leader, reason = min(whole, key=lambda one: one.loss), "promote.allow_worse: lowest held-out loss of all"
         collection = None
         if leader and self._distances():
             self._measure_distance([base, leader])
             collection = self.call(measure.collection_distance, [(self.settings, self.planned)])[0]
         parts = {"votes": said} if said else {}
-        return Decision(leader, reason, base, candidates, broken=self.broken, collection=collection, **parts)
+        return Decision(leader, reason, base, whole, broken=self.broken, collection=collection, **parts)
 
     def losses(self) -> tuple[Evidence, list[Evidence]]:
         """The base, and every whole checkpoint, with their losses."""
@@ -79,6 +77,8 @@ class Panel:
                 one.general = np.array(result["general"]) if result["general"] else None
                 one.alignment = np.array(result["alignment"]) if result["alignment"] else None
                 one.nearest, one.copy_limit = result["nearest"], result["limit"]
+        if chosen.gate_pictures and wanted[0].checkpoint is None and not any(one.copies for one in wanted):
+            print(f"promote: {UNSEEN}", flush=True)
 
     def _leader(self, base: Evidence, candidates: Sequence[Evidence]) -> tuple[Evidence | None, str]:
         """The winner among those that pass; the pictures of those that lead are looked at, then of the next."""
@@ -87,26 +87,44 @@ class Panel:
         while rest:
             leading = tied(rest)
             self.look_at([base, *leading])
-            if passed := [one for one in leading if not failures(chosen, base, one)]:
+            if passed := [one for one in leading if self._passes(base, one)]:
                 return self._nearest(passed)
             rest = [one for one in rest if one not in leading]
         return None, "no checkpoint is better than the base and passes every gate"
+
+    def _passes(self, base: Evidence, one: Evidence) -> bool:
+        return one.name not in self.broken and not failures(self.settings.promote, base, one)
+
+    def _preferred(self, base: Evidence, candidates: Sequence[Evidence], leader: Evidence) -> tuple[Evidence | None, Poll]:
+        """Whom people clearly prefer to the leader, the strongest that passes the gates; and what they said."""
+        cast = votes.read(Store(self.settings.root))
+        refused: list[str] = []
+        first = said = poll(cast, candidates, leader)
+        while said.count >= self.settings.promote.votes_needed and said.clear:
+            one = next(one for one in candidates if one.name == said.strongest)
+            self.look_at([base, one])
+            if self._passes(base, one):
+                return one, said
+            refused.append(one.name)
+            said = poll(cast, candidates, leader, refused)
+        return None, first
 
     def _nearest(self, passed: Sequence[Evidence]) -> tuple[Evidence, str]:
         """Of tied checkpoints the nearest to the collection, where it is large enough to tell; else the lowest loss."""
         lowest = min(passed, key=lambda one: one.loss)
         if len(passed) == 1:
             return lowest, "lowest held-out loss of those that pass every gate"
-        needed = self.settings.promote.tie_pictures
-        if self._distances() and self.settings.promote.distance_pictures >= needed:
-            counts = self._measure_distance(passed)
-            if min(counts) >= needed:
-                nearest = min(passed, key=lambda one: one.mmd if one.mmd is not None else np.inf)
-                return nearest, f"nearest to the collection of {len(passed)} whose held-out losses are tied"
-        return (
-            lowest,
-            f"lowest held-out loss, tied with {len(passed) - 1} others (fewer than {needed} pictures to tell them apart)",
-        )
+        chosen, needed = self.settings.promote, self.settings.promote.tie_pictures
+        if not self._distances():
+            why = "promote.distance_pictures or promote.clip_model is not set"
+        elif chosen.distance_pictures < needed:
+            why = f"promote.distance_pictures={chosen.distance_pictures} is below promote.tie_pictures={needed}"
+        elif (counted := min(self._measure_distance(passed))) < needed:
+            why = f"{counted} held-out works to compare with, promote.tie_pictures={needed}"
+        else:
+            nearest = min(passed, key=lambda one: one.mmd if one.mmd is not None else np.inf)
+            return nearest, f"nearest to the collection of {len(passed)} whose held-out losses are tied"
+        return lowest, f"lowest held-out loss, tied with {len(passed) - 1} others that no distance tells apart ({why})"
 
     def _distances(self) -> bool:
         return bool(self.settings.promote.distance_pictures and self.settings.promote.clip_model)

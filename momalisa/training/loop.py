@@ -190,7 +190,10 @@ class Trainer:
 
     def _stop_asked(self) -> bool:
         """Whether the shell wants this checkpoint to be the last; the main process is asked, and all do the same."""
-        asked = self.accelerator.is_main_process and self.events.stop_due(self.progress.images_seen)
+        asked = False
+        if self.accelerator.is_main_process:
+            self.writer.settle()  # the checkpoint before is whole, and none is deleted while they are looked at
+            asked = self.events.stop_due(self.progress.images_seen)
         return bool(self.accelerator.reduce(torch.tensor(float(asked), device=self.device), reduction="sum"))
 
     def _leave_if_asked(self) -> None:

@@ -23,6 +23,7 @@ from momalisa.training.profile import STORED
 GIB = 2**30
 OVERHEAD_GIB = 1.5  # CUDA's context, workspaces of cuDNN and cuBLAS, fragments
 UNITS = ("ResnetBlock2D", "BasicTransformerBlock")  # what diffusers computes again with gradient checkpointing
+PASSING = 24  # fp32 values for each latent and channel of the first level: the feed-forward's and what skips to the other side
 TEXT_ENCODER_PARAMETERS = 123_060_480  # CLIP ViT-L/14
 VAE_PARAMETERS = 83_653_863
 # Stable Diffusion 1.x's UNet, as published: https://huggingface.co/CompVis/stable-diffusion-v1-4
@@ -41,7 +42,8 @@ SD_1_UNET: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Memory:
-    """GiB by what takes it. A step's peak has gradients and activations; the evaluation pictures come between steps."""
+    """GiB by what takes it. A step's peak has gradients and activations; the evaluation pictures and what an early stop measures
+    come between steps."""
 
     weights: float
     autocast: float  # 16-bit copies of the weights
@@ -52,12 +54,13 @@ class Memory:
     text_encoder: float
     activations: float  # of one pass
     evaluation: float  # the weights put aside, a second text encoder and the VAE, decoding
+    early_stop: float  # a second UNet and text encoder, a pass of promote.batch without gradients
     overhead: float = OVERHEAD_GIB
 
     @property
     def peak(self) -> float:
         always = self.weights + self.optimizer + self.average + self.prior + self.text_encoder + self.overhead
-        return always + max(self.autocast + self.gradients + self.activations, self.evaluation)
+        return always + max(self.autocast + self.gradients + self.activations, self.evaluation, self.early_stop)
 
 
 def estimate(settings: Settings) -> Memory:
@@ -77,6 +80,8 @@ def estimate(settings: Settings) -> Memory:
     pictures = min(len(train.evaluation_prompts), 8)
     decoding = 4 * pictures * 256 * settings.encode.resolution_px**2 * 4  # its widest layers, in fp32
     shown = 4 * (taught + TEXT_ENCODER_PARAMETERS + VAE_PARAMETERS) + decoding if pictures else 0
+    passing = settings.promote.batch * PASSING * config["block_out_channels"][0] * side**2 * 4
+    measured = 4 * (every + TEXT_ENCODER_PARAMETERS) + passing if train.early_stop_patience else 0
     return Memory(
         weights=4 * every / GIB,
         autocast=2 * every / GIB if half else 0,
@@ -87,6 +92,7 @@ def estimate(settings: Settings) -> Memory:
         text_encoder=4 * TEXT_ENCODER_PARAMETERS / GIB,
         activations=kept / GIB,
         evaluation=shown / GIB,
+        early_stop=measured / GIB,
     )
 
 

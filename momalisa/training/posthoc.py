@@ -52,6 +52,15 @@ def make(store: Store, checkpoint: Checkpoint, sigma_rel: float) -> Checkpoint:
         return checkpoints.write(store, made, Path(scratch) / "weights")
 
 
+def attempt(store: Store, checkpoint: Checkpoint, sigma_rel: float) -> str | None:
+    """`make`, where a failure is one candidate less: returns why it failed, or None."""
+    try:
+        make(store, checkpoint, sigma_rel)
+    except (ValueError, OSError) as error:
+        return f"the average of sigma_rel={sigma_rel:g} at {checkpoint.name} cannot be made: {error}"
+    return None
+
+
 def _parts(store: Store, checkpoint: Checkpoint, sigma_rel: float) -> tuple[list[tuple[float, averages.Snapshot, float]], float]:
     """(share, snapshot, its length) of what makes an average, and how far that is off."""
     found = [one for one in averages.read_all(store, checkpoint.run) if one.images_seen <= checkpoint.images_seen]

@@ -122,17 +122,24 @@ def stalled(losses: Sequence[float], patience: int) -> bool:
 class EarlyStop:
     """Says at a checkpoint whether the held-out loss has not improved for `train.early_stop_patience` checkpoints.
 
-    Only checkpoints that are written count, so the answer may come one checkpoint later; measured losses are kept with the
-    other evaluations, so a resumed run and promotion find them. On an accelerator it needs room for a second UNet.
+    Measured losses are kept with the other evaluations, which outlive checkpoints: a resumed run, promotion, and a run that
+    keeps few weights find them. What cannot be measured stops nothing. On an accelerator it needs room for a second UNet.
     """
 
     def __init__(self, settings: Settings, planned: Plan) -> None:
         self.settings, self.planned, self.patience = settings, planned, settings.train.early_stop_patience
+        self._said = False
 
     def __call__(self, images_seen: int) -> bool:
         if self.patience is None:
             return False
-        losses = self.losses()
+        try:
+            losses = self.losses(images_seen)
+        except Exception as error:  # of whoever looks on: the work goes on
+            if not self._said:
+                self._said = True
+                print(f"train: no early stop for now ({type(error).__name__}: {error}); going on", flush=True)
+            return False
         if not stalled(losses, self.patience):
             return False
         print(
@@ -142,13 +149,13 @@ class EarlyStop:
         )
         return True
 
-    def losses(self) -> list[float]:
-        """The mean held-out loss of every whole checkpoint, in order."""
+    def losses(self, images_seen: int) -> list[float]:
+        """The mean held-out loss of every checkpoint so far, in order; of one that was deleted, as it was measured."""
         from momalisa.promotion import measure
 
-        found = []
-        for checkpoint in checkpoints.read_all(Store(self.settings.root), self.planned.name):
-            result = measure.measured(self.settings, self.planned, checkpoint.path, measure.LOSSES)
-            if "error" not in result:
-                found.append(sum(result["held_out"]) / len(result["held_out"]))
-        return found
+        written = checkpoints.read_all(Store(self.settings.root), self.planned.name)
+        results = {one.images_seen: measure.measured(self.settings, self.planned, one.path, measure.LOSSES) for one in written}
+        whole = {images: result["held_out"] for images, result in results.items() if "error" not in result}
+        found = measure.mean_losses(self.settings, self.planned)
+        found |= {images: sum(losses) / len(losses) for images, losses in whole.items()}  # of these very weights
+        return [loss for images, loss in sorted(found.items()) if images <= images_seen]

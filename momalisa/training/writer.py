@@ -78,6 +78,9 @@ class Writer:
             if snapshot.powers:
                 averages.write(self.store, snapshot.checkpoint.path, snapshot.powers)
             written = checkpoints.write(self.store, snapshot.checkpoint, weights, state)
-        retain(self.store, written.run, self.settings.keep_states, self.settings.keep_weights)
-        averages.retain(self.store, written.run, self.settings.keep_averages)
+        try:
+            retain(self.store, written.run, self.settings.keep_states, self.settings.keep_weights)
+            averages.retain(self.store, written.run, self.settings.keep_averages)
+        except Exception as error:  # the checkpoint is whole; what is too much goes with the next one
+            print(f"train: older checkpoints could not be deleted ({type(error).__name__}: {error}); going on", flush=True)
         return written

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import uuid
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from momalisa import checkpoint as checkpoints
 from momalisa.checkpoint import BEST, Checkpoint, NoCheckpoint
+from momalisa.checkpoint.card import card
 from momalisa.checkpoint.retention import retain
+from momalisa.promotion.decision import Evidence
 from momalisa.storage import Store
 
 BASE = {"model": "CompVis/stable-diffusion-v1-4", "revision": None, "variant": None}
@@ -90,6 +98,14 @@ def test_a_checkpoint_is_gone_before_its_files_are(store: Store, monkeypatch: py
         ({"files": {"/etc/passwd": "0" * 64}}, "names '/etc/passwd'"),
         ({"path": "checkpoints/other/000000010"}, "belongs to checkpoints/other"),
         ({"wings": 2}, r"other fields \(wings\)"),
+        ({"files": 3}, "its manifest's files is something else"),
+        ({"files": {"": "0" * 64}}, "names ''"),
+        ({"state": "null"}, "its manifest's state is something else"),
+        ({"images_seen": "many"}, "its manifest's images_seen is something else"),
+        ({"base": []}, "its manifest's base is something else"),
+        ({"base": {"model": 3}}, "its manifest's model is something else"),
+        ({"training": {"losses": 3}}, "its manifest's losses is something else"),
+        ({"training": {"average": {}, "losses": []}}, "its manifest's average.sigma_rel is something else"),
     ],
 )
 def test_a_stranger_is_passed_over_and_said(
@@ -103,7 +119,37 @@ def test_a_stranger_is_passed_over_and_said(
     assert "passed over" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("data", [b"", b'{"path": "chec', b"[]", b"\xff\xfe"])
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+NAMES = [entry.name for entry in fields(Checkpoint)]
+OF_TRAINING = ["losses", "settings", "average", "dataset", "stopped"]
+
+
+@given(name=st.sampled_from(NAMES), part=st.sampled_from([None, *OF_TRAINING, "model", "revision"]), value=ANYTHING)
+def test_whatever_a_manifest_holds_it_is_a_checkpoint_or_passed_over(name: str, part: str | None, value: Any) -> None:
+    """One value of it, or of one of its dictionaries, may be any JSON: nobody who reads stumbles, and the others are found."""
+    made = Store(f"memory://{uuid.uuid4().hex}")
+    whole = {**asdict(Checkpoint(path(10), "run", 10, BASE, {"a": "0"})), "training": {"losses": [[10, 0.5]]}}
+    made.write_json(f"{path(20)}/manifest.json", {**whole, "path": path(20), "images_seen": 20})
+    old = whole[name]
+    changed = {**old, part: value} if part and isinstance(old, dict) else value
+    made.write_bytes(f"{path(10)}/manifest.json", json.dumps({**whole, name: changed}).encode())
+    found = checkpoints.read_all(made, "run")
+    assert path(20) in {one.path for one in found}
+    for one in found:
+        assert one.name == f"{one.run}@{one.images_seen}"
+        assert isinstance(one.diffusion.model, str)
+        assert isinstance(one.zero_terminal_snr, bool)
+        assert isinstance(Evidence(one, np.zeros(1)).length, float | None)
+        assert all(len(pair) == 2 for pair in one.training.get("losses", []))
+        assert card(asdict(one))
+    retain(made, "run", keep_states=1, keep_weights=1)
+
+
+@pytest.mark.parametrize("data", [b"", b'{"path": "chec', b"[]", b"\xff\xfe", b"[" * 100_000])
 def test_a_truncated_manifest_is_no_checkpoint(store: Store, data: bytes) -> None:
     store.write_bytes(f"{path(10)}/manifest.json", data)
     store.write_json(BEST, {"checkpoint": path(10)})

@@ -78,3 +78,14 @@ def test_people_are_clear_when_their_interval_excludes_a_tie() -> None:
     assert poll(as_served, candidates, leader=first).strongest == "run@20"
     through = poll(beside + votes_for(BASE, "run@10", 100, 20), candidates, leader=first)
     assert through.clear  # through the base
+
+
+def test_whoever_was_refused_is_not_the_strongest_but_its_votes_count() -> None:
+    first, second, third = evidence(10, 0.8), evidence(20, 0.9), evidence(30, 0.95)
+    cast = votes_for("run@30", "run@10", 150, 50) + votes_for("run@20", "run@10", 140, 60)
+    said = [poll(cast, [first, second, third], first, refused) for refused in ([], ["run@30"], ["run@30", "run@20"])]
+    assert [(one.count, one.strongest, one.clear) for one in said] == [
+        (400, "run@30", True),
+        (400, "run@20", True),
+        (400, "run@10", False),
+    ]

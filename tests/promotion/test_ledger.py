@@ -10,9 +10,10 @@ import pytest
 
 from momalisa import checkpoint as checkpoints
 from momalisa.checkpoint import BEST, Checkpoint
+from momalisa.checkpoint.retention import forget
 from momalisa.promotion import ledger
 from momalisa.promotion.ledger import Overtaken
-from momalisa.storage import Pointer, Store
+from momalisa.storage import Pointer, StorageError, Store
 from tests.promotion.conftest import SD14
 
 Written = Callable[[int], Checkpoint]
@@ -55,6 +56,44 @@ def test_a_rollback_goes_back_step_by_step_and_is_written_down(store: Store, wri
     promote(store, checkpoints.find(store, "run@30"))
     ledger.rollback(store)
     assert checkpoints.read_best(store).images_seen == 10
+
+
+def test_a_rollback_passes_over_what_is_not_whole_any_more(
+    store: Store, written: Written, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = [written(images) for images in (10, 20, 30, 40)]
+    for one in made:
+        promote(store, one)
+    forget(store, made[2])
+    store.write_bytes(f"{made[1].path}/weights/config.json", b"{}")
+    ledger.rollback(store)
+    assert checkpoints.read_best(store).images_seen == 10
+    said = capsys.readouterr().out
+    assert "run@30 is passed over" in said
+    assert "run@20 is passed over" in said
+    with pytest.raises(ValueError, match="nothing was promoted before"):
+        ledger.rollback(store)
+    assert names(store) == ["run@10", "run@40", "run@30", "run@20", "run@10"]
+
+
+def test_where_the_storage_does_not_answer_nothing_is_passed_over(
+    store: Store, written: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for images in (10, 20, 30):
+        promote(store, written(images))
+    read = store.read_bytes
+
+    def silent(path: str) -> bytes:
+        if path.endswith("000000020/manifest.json"):
+            raise StorageError("the bucket could not be reached")
+        return read(path)
+
+    monkeypatch.setattr(store, "read_bytes", silent)
+    with pytest.raises(StorageError, match="could not be reached"):
+        ledger.rollback(store)
+    with pytest.raises(StorageError, match="could not be reached"):
+        checkpoints.read_all(store, "run")
+    assert checkpoints.read_best(store).images_seen == 30
 
 
 def test_promoting_the_same_again_is_no_step_to_take_back(store: Store, written: Written) -> None:

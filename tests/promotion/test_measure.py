@@ -34,7 +34,8 @@ def test_losses_are_of_the_base_and_of_a_checkpoint_on_one_grid(museum: Museum) 
     settings, planned = museum
     base, ten = (measure.measured(settings, planned, path, LOSSES) for path in (None, TEN))
     assert len(base["held_out"]) == len(ten["held_out"]) == 5
-    assert set(base) == {"checkpoint", "held_out"}
+    assert set(base) == {"checkpoint", "rules", "held_out"}
+    assert base["rules"] == ten["rules"]
     assert np.abs(np.array(base["held_out"]) - ten["held_out"]).min() > 1e-4
     assert ten["checkpoint"] == TEN
 
@@ -101,6 +102,13 @@ def test_pictures_are_compared_with_what_was_trained_on(museum: Museum, monkeypa
     assert near[1] > 0.02
     assert near[3] > 0.5
     assert 0 < found["limit"] <= near[1]
+
+
+def test_without_thumbnails_nothing_is_said_of_copies(museum: Museum, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, planned = museum
+    monkeypatch.setattr(measure, "thumbnails", lambda _: {})
+    found = measure.measured(settings, planned, TEN, GATES)
+    assert (found["nearest"], found["limit"]) == (None, None)
 
 
 def test_the_prompts_are_captions_of_training_works(museum: Museum, monkeypatch: pytest.MonkeyPatch) -> None:

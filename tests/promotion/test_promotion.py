@@ -109,6 +109,52 @@ def test_a_tie_goes_to_the_nearer_to_the_collection_where_that_can_be_told(
         decision = decide(museum, distance_pictures=600, clip_model="miniature://clip")
         assert name(decision) == expected, counted
         assert "tied" in decision.reason
+    assert "(400 held-out works to compare with, promote.tie_pictures=500)" in decision.reason
+    for distance, said in ((300, "promote.distance_pictures=300 is below promote.tie_pictures=500"), (0, "is not set")):
+        assert said in decide(museum, distance_pictures=distance, clip_model="miniature://clip").reason
+
+
+def test_of_those_that_people_prefer_the_strongest_that_passes(museum: Museum, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, _ = museum
+    store = Store(settings.root)
+    manifest = store.read_json("checkpoints/run/000000010/manifest.json")
+    for images in (30, 40):
+        path = f"checkpoints/run/{images:09d}"
+        store.write_json(f"{path}/manifest.json", {**manifest, "path": path, "images_seen": images})
+    results = {
+        0: {"held_out": losses(1.0)},
+        10: {"held_out": losses(0.7), **FRESH},
+        20: {"held_out": losses(0.8), **COPIED},
+        30: {"held_out": losses(0.85), **FRESH},
+        40: {"held_out": losses(0.75), **FRESH},
+    }
+    pretend(monkeypatch, results)
+    for better, wins in (("run@20", 190), ("run@30", 150), ("run@40", 110)):
+        votes.cast(store, [Vote(better, "run@10")] * wins + [Vote("run@10", better)] * (200 - wins))
+    decision = decide(museum)
+    assert (name(decision), decision.reason) == ("run@30", "600 votes prefer it to run@10")
+    assert decision.votes.strongest == "run@30"
+    results[30] |= COPIED
+    refused = decide(museum)  # 110 of 200 may be chance
+    assert name(refused) == "run@10"
+    assert refused.votes.strongest == "run@20"
+
+
+def test_a_copy_gate_that_could_not_be_measured_is_said(
+    museum: Museum, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = {0: {"held_out": losses(1.0)}, 10: {"held_out": losses(0.8)}, 20: {"held_out": losses(0.7)}}
+    pretend(monkeypatch, results)
+    settings, _ = museum
+    decision = decide(museum, measure_all=True)
+    assert capsys.readouterr().out.count("promote: the copy gate is left out: not enough works have a thumbnail") == 1
+    for one in decision.candidates:
+        assert "the copy gate is left out" in explain.verdict(settings.promote, decision, one)
+    wanted_none = changed(settings, gate_pictures=0).promote
+    assert explain.verdict(wanted_none, decision, decision.candidates[0]) == "passes"
+    pretend(monkeypatch, {images: {**result, **FRESH} for images, result in results.items()})
+    decide(museum, measure_all=True)
+    assert "left out" not in capsys.readouterr().out
 
 
 def test_enough_votes_overrule_the_scores_but_no_gate(museum: Museum, monkeypatch: pytest.MonkeyPatch) -> None:

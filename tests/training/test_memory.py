@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,15 @@ def test_the_prior_costs_a_copy_only_without_adapters() -> None:
     assert memory.estimate(full).prior == pytest.approx(1.6, abs=0.01)
     assert memory.estimate(adapters).prior == 0
     assert memory.estimate(adapters).activations > 1.8 * memory.estimate(settings("sd14-lora.yaml")).activations
+
+
+def test_an_early_stop_has_a_second_model_between_steps(tiny_base: Path) -> None:
+    found = memory.estimate(settings("sd14-lora.yaml", "--train.early_stop_patience=3"))
+    assert found.early_stop > found.weights + found.text_encoder
+    assert replace(found, early_stop=0).peak == found.peak <= 12  # less than a step takes
+    small = replace(found, activations=0, evaluation=0)
+    assert small.peak - replace(small, early_stop=0).peak == pytest.approx(found.early_stop - found.autocast - found.gradients)
+    assert memory.estimate(Settings(diffusion=Diffusion(model=str(tiny_base)), train=Train(workers=1))).early_stop == 0
 
 
 def test_the_table_adds_up(tiny_base: Path) -> None:

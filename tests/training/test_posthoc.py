@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,51 @@ def test_what_cannot_be_made_is_refused_with_the_way_out(full: tuple[Run, Traine
     copy.write_bytes(f"{snapshot.path}/0.1.safetensors", b"noise")
     with pytest.raises(ValueError, match=r"0\.1\.safetensors has sha256"):
         averages.load(copy, snapshot, 0.1)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{", b"[]", b'{"0.05.safetensors": 3}', b'{"../../x.safetensors": "0"}', b'{"nan.safetensors": "0"}', b"[" * 10**5],
+)
+def test_a_snapshot_that_is_damaged_is_passed_over_and_said(
+    full: tuple[Run, Trainer], tmp_path: Path, data: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, store = full[0], copied(full[0], tmp_path)
+    store.write_bytes(f"checkpoints/{run.name}/{24:09d}/averages/hashes.json", data)
+    assert [one.images_seen for one in averages.read_all(store, run.name)] == [8, 16, 32, 40, 48, 56, 64]
+    assert capsys.readouterr().out.count("000000024/averages/hashes.json is damaged") == 1
+
+
+def copied(run: Run, place: Path) -> Store:
+    return Store(str(shutil.copytree(run.store.root, place / "copy")))
+
+
+def test_a_snapshot_that_goes_while_it_is_read_is_one_less(
+    full: tuple[Run, Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, store = full[0], copied(full[0], tmp_path)
+    listed = store.list
+
+    def outlived(folder: str) -> list[str]:
+        found = listed(folder)
+        averages.retain(Store(store.root), run.name, 2)
+        return found
+
+    monkeypatch.setattr(store, "list", outlived)
+    assert len(averages.read_all(store, run.name)) == 2
+
+
+def test_an_average_that_cannot_be_made_is_said_and_the_others_are_made(full: tuple[Run, Trainer], tmp_path: Path) -> None:
+    run, store = full[0], copied(full[0], tmp_path)
+    newest = checkpoints.read_all(store, run.name)[-1]
+    store.write_bytes(f"{newest.path}/averages/0.05.safetensors", b"noise")
+    said = posthoc.attempt(store, newest, 0.05)
+    assert said is not None
+    assert said.startswith("the average of sigma_rel=0.05 at tiny-0@64 cannot be made: ")
+    assert posthoc.attempt(store, newest, 0.1) is None
+    store.delete(f"{newest.path}/averages/0.05.safetensors")
+    assert "does not exist" in str(posthoc.attempt(store, newest, 0.05))
+    assert [one.name for one in checkpoints.read_all(store, "tiny-0-ema0.100")] == ["tiny-0-ema0.100@64"]
 
 
 def test_promote_chooses_among_the_lengths_that_can_be_made(full: tuple[Run, Trainer]) -> None:
