@@ -276,8 +276,8 @@ def test_what_is_found_is_what_plain_comparison_finds(blocks: list[list[tuple[in
     dataset, paths = Dataset(f"memory://{uuid4().hex}"), []
     for block in blocks:
         works = []
-        for number, sha256, flips, *look in block:
-            facts = dict(variant(*look))
+        for number, sha256, flips, *kind in block:
+            facts = dict(variant(*kind))
             phash = f"{int(facts['phash'], 16) ^ flips:016x}"
             works.append(Artwork(**facts | {"id": f"w{number:02}", "sha256": sha256, "phash": phash}).row())
         paths.append(dataset.put_rows("images", works, IMAGES))
