@@ -141,16 +141,18 @@ def summary(found: dict[str, Any], works: int) -> dict[str, Any]:
     grown = {stage: growth(found[stage][works], found[stage][10 * works], works) for stage in STAGES}
     most, slowest = (max(STAGES, key=lambda stage: grown[stage][name]) for name in ("memory", "seconds"))
     told = {name: ", ".join(f"{stage} {grown[stage][name]}" for stage in STAGES) for name in ("memory", "seconds")}
-    sizes, hardware = f"{10 * works:,} works against {works:,}", f"{os.cpu_count()} x {processor()}"
+    smaller, larger, hardware = f"{works:,}", f"{10 * works:,}", f"{os.cpu_count()} x {processor()}"
     small, large = found[slowest][works]["seconds"], found[slowest][10 * works]["seconds"]
     return {
-        "claim": f"peak memory of {most}, which grows most, MiB: {sizes} (flat within 10%); {told['memory']}",
+        "claim": f"peak memory of {most}, which grows most, MiB: {larger} works against {smaller} (flat within 10%); "
+        f"{told['memory']}",
         "ours": found[most][10 * works]["peak_mib"],
         "peer": found[most][works]["peak_mib"],
         "ratio": grown[most]["memory"],
         "hardware": hardware,
         "time": {
-            "claim": f"seconds of {slowest}, which slows most, {sizes} ten times over (linear: 1 at most); {told['seconds']}",
+            "claim": f"seconds of {slowest}, which slows most: {larger} works against ten times those of {smaller} "
+            f"(linear: 1 at most); {told['seconds']}",
             "ours": large,
             "peer": round(10 * small, 1),
             "ratio": grown[slowest]["seconds"],
