@@ -4,9 +4,15 @@
     python bench/scale.py --works 20000 --record    # 20,000 and 200,000
 
 The jobs run as programs on a Ray of their own. Memory is the proportional share (PSS) of everything that a job started,
-Ray's own processes among them, sampled once a second; `held_mib` says what held it at its peak. The models are the real
-classes with tiny random weights, so that the machinery is measured and not the models. The last line printed is one JSON
-object: `ours` is the peak with ten times the works, `peer` with as many as given, in MiB; `stages` has the figures of each.
+Ray's own processes among them, sampled once a second; `held_mib` says what held it at its peak. `driver_mib` is the most
+that the driver ever held, by the kernel's count, which no sample can miss (its resident set, or that of a process of Ray's
+that it waited for, whichever is larger). The models are the real classes with tiny random weights, so that the machinery is
+measured and not the models.
+
+The last line printed is one JSON object. `ratio` is that of the stage whose memory grows most: `ours` is its peak with ten
+times the works, `peer` with as many as given, in MiB. `growth` has every stage: `memory`, the ratio of its peaks; `seconds`,
+its time over ten times that of a tenth of the works (1 is linear; less, for starting takes its time too); `driver_bytes`,
+by how much each work more made the driver grow. `--record` appends a row for memory and one for time.
 """
 
 from __future__ import annotations
@@ -85,7 +91,7 @@ class Watch(threading.Thread):
 
 
 def run(stage: str, root: Path, pictures: Path, more: list[str], log: Path) -> dict[str, Any]:
-    """One stage as a program; its seconds and its peak memory in MiB."""
+    """One stage as a program; its seconds and its peak memory in MiB, all its processes' and its driver's."""
     where = [f"--root={root}", "--collect.source.kind=folder", f"--collect.source.location={pictures}"]
     fixed = ["--collect.block_size=256", "--caption.max_new_tokens=2", "--encode.resolution_px=32", "--caption.batch=64"]
     rates = ["--encode.batch=64", "--caption.max_bad_fraction=1"]
@@ -98,11 +104,22 @@ def run(stage: str, root: Path, pictures: Path, more: list[str], log: Path) -> d
         process = subprocess.Popen(command, cwd=HOME, env=environment, stdout=file, stderr=file)
         watch = Watch(process.pid)
         watch.start()
-        code = process.wait()
+        _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
     watch.over.set()
-    if code:
+    if process.returncode:
         raise SystemExit(f"{stage} failed; the end of its log:\n{log.read_text()[-3000:]}")
-    return {"seconds": round(time.monotonic() - began, 1), "peak_mib": round(watch.peak_mib), "held_mib": watch.held}
+    peaks = {"peak_mib": round(watch.peak_mib), "driver_mib": round(used.ru_maxrss / 1024, 1), "held_mib": watch.held}
+    return {"seconds": round(time.monotonic() - began, 1), **peaks}
+
+
+def growth(small: dict[str, Any], large: dict[str, Any], works: int) -> dict[str, float]:
+    """How one stage's figures for ten times the `works` compare with those for them."""
+    return {
+        "memory": round(large["peak_mib"] / small["peak_mib"], 3),
+        "seconds": round(large["seconds"] / (10 * small["seconds"]), 2),
+        "driver_bytes": round((large["driver_mib"] - small["driver_mib"]) * 2**20 / (9 * works)),
+    }
 
 
 def measure(works: int) -> dict[str, Any]:
@@ -116,13 +133,32 @@ def measure(works: int) -> dict[str, Any]:
                 figures = run(stage, folder / f"out-{count}", folder / f"pictures-{count}", models, folder / "log")
                 found[stage][count] = figures | {"works_per_s": round(count / figures["seconds"], 1)}
                 print(f"{stage}, {count} works: {figures}", file=sys.stderr, flush=True)
-    small, large = (max(found[stage][count]["peak_mib"] for stage in STAGES) for count in (works, 10 * works))
+    return summary(found, works)
+
+
+def summary(found: dict[str, Any], works: int) -> dict[str, Any]:
+    """The claim about memory, that about `time`, and each stage's figures."""
+    grown = {stage: growth(found[stage][works], found[stage][10 * works], works) for stage in STAGES}
+    most, slowest = (max(STAGES, key=lambda stage: grown[stage][name]) for name in ("memory", "seconds"))
+    told = {name: ", ".join(f"{stage} {grown[stage][name]}" for stage in STAGES) for name in ("memory", "seconds")}
+    smaller, larger, hardware = f"{works:,}", f"{10 * works:,}", f"{os.cpu_count()} x {processor()}"
+    small, large = found[slowest][works]["seconds"], found[slowest][10 * works]["seconds"]
     return {
-        "claim": f"peak memory of collect, caption and encode, MiB: {10 * works:,} works against {works:,} (flat within 10%)",
-        "ours": large,
-        "peer": small,
-        "ratio": round(large / small, 2),
-        "hardware": f"{os.cpu_count()} x {processor()}",
+        "claim": f"peak memory of {most}, which grows most, MiB: {larger} works against {smaller} (flat within 10%); "
+        f"{told['memory']}",
+        "ours": found[most][10 * works]["peak_mib"],
+        "peer": found[most][works]["peak_mib"],
+        "ratio": grown[most]["memory"],
+        "hardware": hardware,
+        "time": {
+            "claim": f"seconds of {slowest}, which slows most: {larger} works against ten times those of {smaller} "
+            f"(linear: 1 at most); {told['seconds']}",
+            "ours": large,
+            "peer": round(10 * small, 1),
+            "ratio": grown[slowest]["seconds"],
+            "hardware": hardware,
+        },
+        "growth": grown,
         "stages": found,
     }
 
@@ -131,7 +167,8 @@ def main() -> None:
     command = parser(__doc__)
     command.add_argument("--works", type=int, default=2000, help="the smaller number; the larger one is ten times as many")
     options = command.parse_args()
-    report(measure(options.works), options.record)
+    figures = measure(options.works)
+    report(figures, options.record, [figures, figures["time"]])
 
 
 if __name__ == "__main__":

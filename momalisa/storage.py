@@ -19,8 +19,9 @@ import os
 import shutil
 import threading
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 if TYPE_CHECKING:  # neither is needed for `--help`
     import pyarrow as pa
 
+Item = TypeVar("Item")
 Value = TypeVar("Value")
 
 PICTURES = {"bytes"}  # JPEG and PNG files: nothing makes them smaller
@@ -246,8 +248,7 @@ class Store:
             return self._ask(read)
 
         chosen = sorted(set(paths))
-        with ThreadPoolExecutor(READERS) as pool:
-            return dict(zip(chosen, pool.map(count, chosen), strict=True))
+        return dict(zip(chosen, side_by_side(count, chosen), strict=True))
 
     def _open(self, path: str) -> Any:
         """Open to read ranges; without a cache, so that what is fetched is what is asked for."""
@@ -283,6 +284,18 @@ class Store:
             partial.write_bytes(data)
             os.replace(partial, target)
         return directory
+
+
+def side_by_side(function: Callable[[Item], Value], items: Iterable[Item], at_a_time: int = READERS) -> Iterator[Value]:
+    """What a function makes of each item, in order. No more than `at_a_time` are at work or wait to be taken."""
+    waiting: deque[Future[Value]] = deque()
+    with ThreadPoolExecutor(at_a_time) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) == at_a_time:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def copy_out(fs: Any, path: str, target: BinaryIO, ask: Callable[[Callable[[], Any]], Any]) -> None:

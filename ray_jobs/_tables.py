@@ -58,9 +58,8 @@ def open_parts(
     """
     parts: list[dict[str, str]] = []
     seen: set[str] = set()
-    paths = sorted(images)
-    for path, rows in zip(paths, dataset.columns(paths, ["id", "status"]), strict=True):
-        ids = [row["id"] for row in rows if row["status"] == OK and (texts is None or row["id"] in texts)]
+    for path, table in dataset.small_tables(images, ["id", "status"]):
+        ids = [row["id"] for row in table.to_pylist() if row["status"] == OK and (texts is None or row["id"] in texts)]
         fresh = {id: texts[id] if texts else "" for id in ids if id not in seen and id not in exclude}
         seen.update(fresh)
         wanted = {id: text for id, text in fresh.items() if id not in done}
@@ -81,7 +80,7 @@ def fill(settings: Settings, family: Family, done_paths: tuple[str, ...], texts:
     counts, done = Counts(), set()
     version = dataset.latest()
     exclude = dataset.duplicates(version)
-    for row in (row for rows in dataset.columns(done_paths, ["id", "status"]) for row in rows):
+    for row in dataset.small_rows(done_paths, ["id", "status"]):
         if row["id"] in exclude:
             continue
         done.add(row["id"])
@@ -90,7 +89,7 @@ def fill(settings: Settings, family: Family, done_paths: tuple[str, ...], texts:
     before = counts.all
     draft = Draft(dataset.store, family.folder.replace("/", "-"), version.sha256[:16])
     paths = [entry.table for entry in draft.entries()]  # of a run that was interrupted
-    for row in (row for rows in dataset.columns(paths, ["id", "status"]) for row in rows):
+    for row in dataset.small_rows(paths, ["id", "status"]):
         done.add(row["id"])
         counts.ok += row["status"] == OK
         counts.bad += row["status"] != OK

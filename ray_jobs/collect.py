@@ -154,12 +154,13 @@ def _publish(dataset: Any, began_at: Any, done: list[Any], chosen: Collect) -> A
     """Move `refs/latest` to a version with the new rows, without the rows that they replace; returns it."""
     from momalisa.collect import duplicates, validators
     from momalisa.dataset import Conflict
+    from momalisa.storage import side_by_side
 
     replaced = {id for entry in done for id in entry.replaced}
     tables = [entry.table for entry in done]
     version, copies = dataset.without_works(began_at, replaced)
-    for old, new in copies.items():
-        validators.add(dataset.store, new, validators.read(dataset.store, old))
+    for _ in side_by_side(lambda old: validators.add(dataset.store, copies[old], validators.read(dataset.store, old)), copies):
+        pass
 
     def change(latest: Any) -> Any:
         if replaced and latest != began_at:

@@ -27,7 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from momalisa.records import IMAGES, Artwork
-from momalisa.storage import Pointer, StorageError, Store, canonical_json, parquet_bytes
+from momalisa.storage import Pointer, StorageError, Store, canonical_json, parquet_bytes, side_by_side
 from tests.faulty import Faulty
 
 
@@ -169,6 +169,24 @@ def test_rows_go_round_through_parquet_and_chunks_leave_no_trace(works: list[Art
     assert store.get_table(store.put_table("images", table)).to_pylist() == rows
     chunked = pa.concat_tables([table.slice(0, cut), table.slice(cut)]).replace_schema_metadata({"written": "today"})
     assert parquet_bytes(chunked) == parquet_bytes(table)
+
+
+def test_results_come_side_by_side_in_order_and_few_are_held() -> None:
+    together = threading.Barrier(3, timeout=20)
+    assert sorted(side_by_side(lambda _: together.wait(), range(3), 3)) == [0, 1, 2]
+    begun: list[int] = []
+
+    def inverse(number: int) -> float:
+        begun.append(number)
+        return 1 / (10 - number)
+
+    results = side_by_side(inverse, range(20), 4)
+    assert [next(results) for _ in range(3)] == [1 / 10, 1 / 9, 1 / 8]
+    assert len(begun) <= 6
+    assert [next(results) for _ in range(7)][-1] == 1
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    assert list(side_by_side(inverse, [])) == []
 
 
 def test_pictures_are_stored_as_they_are_and_the_rest_is_compressed() -> None:

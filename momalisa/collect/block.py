@@ -22,7 +22,7 @@ from momalisa.dataset import Dataset
 from momalisa.records import IMAGES, OK, REJECTED, Artwork, Reason
 from momalisa.storage import in_bucket, retried
 
-READERS = 8  # files of a folder read at a time
+OPEN_FILES = 8  # of a folder or a bucket, read at a time
 FACTS = ["id", "status", "error", "reason", "sha256", "image_url"]
 
 
@@ -188,7 +188,7 @@ def finished(work: Artwork, fetched: Fetched, settings: Collect) -> Artwork:
 
 
 def _read_all(addresses: Sequence[str], settings: Collect, then: Callable[[int, Fetched], None]) -> None:
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPoolExecutor(OPEN_FILES) as pool:
         list(pool.map(lambda place: then(place, read_file(addresses[place], settings.max_bytes)), range(len(addresses))))
 
 

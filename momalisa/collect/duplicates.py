@@ -15,7 +15,6 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -28,6 +27,7 @@ import pyarrow.compute as pc
 from momalisa.collect.phash import THUMBNAIL_BYTES
 from momalisa.dataset import Dataset, Version
 from momalisa.records import DUPLICATES, OK
+from momalisa.storage import side_by_side
 
 EXACT, NEAR = "exact", "near"
 RADIUS = 8  # bits of 64
@@ -41,8 +41,9 @@ REPRODUCTION_CORRELATION = 0.88
 COLUMNS = ("id", "sha256", "phash", "width", "height")
 BLOCKS = 11  # RADIUS flipped bits spare 3 of 11 blocks of bits
 AT_A_TIME = 1 << 14  # pairs that are confirmed together
-READERS = 8  # threads that read tables
+FACTS = np.dtype([("sha256", "S32"), ("phash", np.uint64), ("width", np.float64), ("height", np.float64)])
 
+Facts = npt.NDArray[np.void]  # [N] of FACTS; of a sha256 the first 128 bits, in hex
 Indices = npt.NDArray[np.int64]
 Thumbnails = npt.NDArray[np.uint8]  # [N, 768]
 Flags = npt.NDArray[np.bool_]
@@ -54,42 +55,47 @@ Pairs = tuple[Indices, Indices]
 class Looks:
     """N pictures as arrays, in the order in which a work is preferred: the largest first, then by id.
 
-    Thumbnails may lie in a file: those of nominated pairs alone are looked at.
+    Ids and thumbnails lie as they were read, and thumbnails may lie in a file: those of nominated pairs alone are looked at.
     """
 
     ids: pa.ChunkedArray
-    sha256: npt.NDArray[np.bytes_]  # its first 128 bits, in hex
+    sha256: npt.NDArray[np.bytes_]
     phash: Hashes
     width: npt.NDArray[np.float64]
     height: npt.NDArray[np.float64]
-    places: Indices  # of their thumbnails
+    places: Indices  # of their ids and thumbnails
     thumbnails: Thumbnails
 
     @classmethod
-    def of(cls, table: pa.Table, thumbnails: Thumbnails) -> Looks:
-        """`table` has COLUMNS, and the `place` of each work's thumbnail among the thumbnails."""
-        sizes = pa.table({"id": table["id"], "pixels": pc.multiply(table["width"].cast("int64"), table["height"].cast("int64"))})
-        table = table.take(pc.sort_indices(sizes, [("pixels", "descending"), ("id", "ascending")])).combine_chunks()
-        return cls(
-            ids=table["id"],
-            sha256=_strings(pc.utf8_slice_codeunits(table["sha256"], 0, 32), 32),
-            phash=np.frombuffer(bytes.fromhex(_strings(table["phash"], 16).tobytes().decode()), ">u8").astype(np.uint64),
-            width=table["width"].to_numpy().astype(np.float64),
-            height=table["height"].to_numpy().astype(np.float64),
-            places=table["place"].to_numpy(),
-            thumbnails=thumbnails,
-        )
+    def of(cls, ids: pa.ChunkedArray, facts: Facts, thumbnails: Thumbnails) -> Looks:
+        """Rows in the order in which they were read; of an id that comes twice the first row alone is a picture."""
+        places = _preferred(ids, facts)
+        sha256, phash, width, height = (facts[name][places] for name in ("sha256", "phash", "width", "height"))
+        return cls(ids, sha256, phash, width, height, places, thumbnails)
+
+    def id(self, rows: Indices) -> pa.ChunkedArray:
+        return self.ids.take(pa.array(self.places[rows]))
 
     def thumbnail(self, rows: Indices) -> Thumbnails:
         """Theirs, [len(rows), 768]."""
         return self.thumbnails[self.places[rows]]
 
 
-def _strings(column: pa.ChunkedArray, length: int) -> npt.NDArray[np.bytes_]:
-    """ASCII strings of at most `length`, piece by piece: as Python's they would take three times the memory."""
-    made = np.empty(len(column), f"S{length}")
-    for start in range(0, len(column), AT_A_TIME):
-        made[start : start + AT_A_TIME] = column.slice(start, AT_A_TIME).to_pylist()
+def _preferred(ids: pa.ChunkedArray, facts: Facts) -> Indices:
+    """Where each id was read first, the largest pictures first, then by id."""
+    first = np.zeros(len(ids), np.bool_)
+    first[_first_of_ids(ids)] = True
+    sizes = pa.table({"id": ids, "pixels": facts["width"] * facts["height"]})
+    order: Indices = pc.sort_indices(sizes, [("pixels", "descending"), ("id", "ascending")]).to_numpy().astype(np.int64)
+    return order[first[order]]
+
+
+def facts_of(table: pa.Table) -> Facts:
+    """What of a table's COLUMNS is held while duplicates are looked for, 56 bytes a picture."""
+    made = np.empty(len(table), FACTS)
+    made["sha256"] = pc.utf8_slice_codeunits(table["sha256"], 0, 32).to_pylist()
+    made["phash"] = np.frombuffer(bytes.fromhex("".join(table["phash"].to_pylist())), ">u8")
+    made["width"], made["height"] = table["width"].to_numpy(), table["height"].to_numpy()
     return made
 
 
@@ -98,14 +104,12 @@ def find(looks: Looks) -> pa.Table:
 
     Of works that are one and the same the largest is kept, and of equally large ones that with the smallest id.
     """
-    kept = _Union(len(looks.ids))
     first = _first_of_each(looks.sha256)
-    for index, original in enumerate(first.tolist()):
-        kept.join(index, original)
-    leaders = _leaders(looks, np.unique(first), kept)
+    originals, kept = np.flatnonzero(first == np.arange(len(first))), _Union(first)
+    leaders = _leaders(looks, originals, kept)
     for left, right in candidates(looks.phash, leaders):
         _join(kept, looks, left, right)
-    return _table(looks, np.array([kept.root(index) for index in range(len(looks.ids))], np.int64))
+    return _table(looks, kept.roots())
 
 
 def _join(kept: _Union, looks: Looks, left: Indices, right: Indices) -> Flags:
@@ -121,21 +125,27 @@ def _leaders(looks: Looks, rows: Indices, kept: _Union) -> Indices:
 
     So a thousand empty pages cost a thousand comparisons, not a million.
     """
-    leaders: list[int] = []
     order = rows[np.argsort(looks.phash[rows], kind="stable")]
-    for group in np.split(order, np.flatnonzero(np.diff(looks.phash[order])) + 1):
-        rest = group
-        while len(rest):
-            leaders.append(int(rest[0]))
-            rest = rest[1:][~_join(kept, looks, np.repeat(rest[:1], len(rest) - 1), rest[1:])] if len(rest) > 1 else rest[1:]
-    return np.array(leaders, np.int64)
+    leads = np.ones(len(order), np.bool_)
+    _, starts, counts = np.unique(looks.phash[order], return_index=True, return_counts=True)
+    for start, count in zip(starts[counts > 1].tolist(), counts[counts > 1].tolist(), strict=True):
+        group = np.arange(start, start + count)
+        while len(group) > 1:
+            leader, others = order[group[:1]], group[1:]
+            same = _join(kept, looks, np.repeat(leader, len(others)), order[others])
+            leads[others[same]] = False
+            group = others[~same]
+    return order[leads]
 
 
 def _first_of_each(sha256: npt.NDArray[np.bytes_]) -> Indices:
     """For each row the first row with the same content; a row without a hash of its content is its own."""
-    _, first, inverse = np.unique(sha256, return_index=True, return_inverse=True)
-    found: Indices = np.where(sha256 == b"", np.arange(len(sha256)), first[inverse])
-    return found
+    order = np.argsort(sha256, kind="stable")  # so the first of equals comes first
+    ordered, begins = sha256[order], np.ones(len(order), np.bool_)
+    begins[1:] = ordered[1:] != ordered[:-1]
+    found = np.empty_like(order)
+    found[order] = order[begins][np.cumsum(begins) - 1]
+    return np.where(sha256 == b"", np.arange(len(sha256)), found)
 
 
 def _table(looks: Looks, kept: Indices) -> pa.Table:
@@ -143,8 +153,8 @@ def _table(looks: Looks, kept: Indices) -> pa.Table:
     originals = kept[again]
     exact = (looks.sha256[again] == looks.sha256[originals]) & (looks.sha256[again] != b"")
     columns = [
-        looks.ids.take(pa.array(again)),
-        looks.ids.take(pa.array(originals)),
+        looks.id(again),
+        looks.id(originals),
         pa.array(np.where(exact, EXACT, NEAR).tolist(), pa.string()),
         pa.array(np.bitwise_count(looks.phash[again] ^ looks.phash[originals]).astype(np.int32)),
         pa.array(np.round(_correlation(looks.thumbnail(again), looks.thumbnail(originals)), 4).astype(np.float32)),
@@ -155,14 +165,21 @@ def _table(looks: Looks, kept: Indices) -> pa.Table:
 class _Union:
     """Disjoint sets of 0..N-1; a set's root is its smallest member."""
 
-    def __init__(self, count: int) -> None:
-        self.parent = list(range(count))
+    def __init__(self, parent: Indices) -> None:
+        """`parent`: a smaller member of its set for each, or itself where it is the smallest. It is changed in place."""
+        self.parent = parent
 
     def root(self, index: int) -> int:
         while self.parent[index] != index:
             self.parent[index] = self.parent[self.parent[index]]
-            index = self.parent[index]
+            index = int(self.parent[index])
         return index
+
+    def roots(self) -> Indices:
+        """Each one's."""
+        while not np.array_equal(higher := self.parent[self.parent], self.parent):
+            self.parent = higher
+        return self.parent
 
     def join(self, one: int, other: int) -> None:
         low, high = sorted((self.root(one), self.root(other)))
@@ -261,7 +278,7 @@ def tones(thumbnail: npt.NDArray[np.uint8]) -> float:
 def looks(dataset: Dataset, images: tuple[str, ...] | list[str]) -> Iterator[Looks]:
     """How every picture in some images tables looks; an id in two tables is the first one's. Pictures are not fetched.
 
-    Thumbnails, 150 MB of 200,000 works, lie in a temporary file meanwhile.
+    What is read goes into temporary files, table by table: thumbnails, 150 MB of 200,000 works, stay there.
     """
 
     names = [*COLUMNS, "thumbnail", "status"]
@@ -272,19 +289,19 @@ def looks(dataset: Dataset, images: tuple[str, ...] | list[str]) -> Iterator[Loo
             raise ValueError(f"{dataset.store.url(path)} lacks {sorted(missing)}: an earlier release wrote it; collect again")
         return table.filter(pc.field("status") == OK)
 
-    tables = []
-    with tempfile.TemporaryFile(prefix="momalisa-") as file, ThreadPoolExecutor(READERS) as pool:
-        for table in pool.map(one, sorted(images)):
+    pieces: list[pa.Array] = []
+    with tempfile.TemporaryFile(prefix="momalisa-") as facts, tempfile.TemporaryFile(prefix="momalisa-") as file:
+        for table in side_by_side(one, sorted(images)):
             _check(table)
+            pieces += table["id"].chunks
+            facts.write(facts_of(table).tobytes())
             file.write(b"".join(table["thumbnail"].to_pylist()))
-            tables.append(table.drop_columns(["thumbnail", "status"]))
+        facts.seek(0)
         file.flush()
-        table = pa.concat_tables(tables)
-        table = table.append_column("place", pa.array(np.arange(len(table))))
-        first = _first_of_ids(table["id"])
-        shape = (len(table), THUMBNAIL_BYTES)
-        thumbnails = np.memmap(file, np.uint8, "r", shape=shape) if len(table) else np.empty(shape, np.uint8)
-        yield Looks.of(table.take(first), thumbnails)
+        ids = pa.chunked_array(pieces, pa.string())
+        shape = (len(ids), THUMBNAIL_BYTES)
+        thumbnails = np.memmap(file, np.uint8, "r", shape=shape) if len(ids) else np.empty(shape, np.uint8)
+        yield Looks.of(ids, np.fromfile(facts, FACTS), thumbnails)
 
 
 def _first_of_ids(ids: pa.ChunkedArray) -> pa.Array:

@@ -22,12 +22,11 @@ import hashlib
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Set
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from momalisa.storage import READERS, Pointer, Store, canonical_json
+from momalisa.storage import Pointer, Store, canonical_json, side_by_side
 
 if TYPE_CHECKING:  # not needed for `--help`
     import pyarrow as pa
@@ -35,6 +34,7 @@ if TYPE_CHECKING:  # not needed for `--help`
 FORMAT = 1
 LATEST = "refs/latest"
 ATTEMPTS = 30  # to move the pointer, when other runs move it too
+COPIES = 4  # whole tables, pictures among them, that are read and written at a time
 
 
 class Conflict(ValueError):
@@ -153,9 +153,8 @@ class Dataset:
         pointer = self.store.read_pointer(LATEST).value  # before the older ones, else one could be moved past us
         if pointer is None:
             return []
-        with ThreadPoolExecutor(READERS) as pool:
-            older = pool.map(self.store.read_json, self.store.list("refs/log"))
-            found = {entry.sequence: entry for entry in map(Publication.from_json, [*older, pointer])}
+        older = side_by_side(self.store.read_json, self.store.list("refs/log"))
+        found = {entry.sequence: entry for entry in map(Publication.from_json, [*older, pointer])}
         return [found[sequence] for sequence in sorted(found, reverse=True)]
 
     def published(self) -> list[str]:
@@ -269,8 +268,7 @@ class Dataset:
 
         Nothing else is fetched; tables are read side by side.
         """
-        with ThreadPoolExecutor(READERS) as pool:
-            return list(pool.map(lambda path: self.store.get_columns(path, names), sorted(paths)))
+        return list(side_by_side(lambda path: self.store.get_columns(path, names), sorted(paths)))
 
     def columns(self, paths: Iterable[str], names: list[str] | None = None) -> list[list[dict[str, Any]]]:
         """The rows of `tables`."""
@@ -280,8 +278,7 @@ class Dataset:
         """The ids in some tables; `only_ok`: of rows without an error."""
         from momalisa.records import OK
 
-        tables = self.columns(paths, ["id", "status"])
-        return {row["id"] for rows in tables for row in rows if not only_ok or row["status"] == OK}
+        return {row["id"] for row in self.small_rows(paths, ["id", "status"]) if not only_ok or row["status"] == OK}
 
     def edits(self, version: Version) -> dict[str, str]:
         """{id: caption} that a curator wrote."""
@@ -294,8 +291,8 @@ class Dataset:
         """
         from momalisa.records import OK
 
-        tables = self.columns(version.captions.get(captioner_id, ()), ["id", column, "status"])
-        texts = {row["id"]: row[column] for rows in tables for row in rows if row["status"] == OK}
+        rows = self.small_rows(version.captions.get(captioner_id, ()), ["id", column, "status"])
+        texts = {row["id"]: row[column] for row in rows if row["status"] == OK}
         texts |= self.edits(version)
         again = self.duplicates(version)
         return {id: text for id, text in texts.items() if id not in again}
@@ -313,8 +310,12 @@ class Dataset:
 
     def small_tables(self, paths: Iterable[str], names: list[str]) -> Iterator[tuple[str, pa.Table]]:
         """(path, some columns) of each table, in order of path: nothing else is fetched."""
-        with ThreadPoolExecutor(READERS) as pool:
-            yield from pool.map(lambda path: (path, self.store.get_columns(path, names)), sorted(paths))
+        yield from side_by_side(lambda path: (path, self.store.get_columns(path, names)), sorted(paths))
+
+    def small_rows(self, paths: Iterable[str], names: list[str]) -> Iterator[dict[str, Any]]:
+        """The rows of `small_tables`, a table at a time."""
+        for _, table in self.small_tables(paths, names):
+            yield from table.to_pylist()
 
     def places(self, paths: Iterable[str]) -> dict[str, Place]:
         """id -> where its row is. A million ids take about 100 MB."""
@@ -352,7 +353,7 @@ class Dataset:
     def _copies(self, paths: Iterable[str], ids: Set[str]) -> dict[str, str]:
         """{table that holds a row of `ids`: its copy without them, "" if no row is left}."""
         holders = [path for path, table in self.small_tables(paths, ["id"]) if not ids.isdisjoint(table["id"].to_pylist())]
-        return {path: self._copy_without(path, ids) for path in holders}
+        return dict(zip(holders, side_by_side(lambda path: self._copy_without(path, ids), holders, COPIES), strict=True))
 
     def _copy_without(self, path: str, ids: Set[str]) -> str:
         kept = self.without(self.store.get_table(path), ids)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
-from momalisa.storage import Store
+from momalisa.storage import Store, side_by_side
 
 
 class Entry(NamedTuple):
@@ -34,10 +34,10 @@ class Draft:
 
     def entries(self) -> list[Entry]:
         """What was stored so far, in order of the tables' paths."""
-        found = [self.store.read_json(path) for path in self.store.list(self.folder)]
+        found = side_by_side(self.store.read_json, self.store.list(self.folder))
         return sorted(Entry(value["table"], tuple(value["replaced"])) for value in found)
 
     def clear(self) -> None:
         """Forget them: they were published."""
-        for path in self.store.list(self.folder):
-            self.store.delete(path)
+        for _ in side_by_side(self.store.delete, self.store.list(self.folder)):
+            pass

@@ -21,14 +21,13 @@ def reworded(
     whose work has no text any more is left out. So the tables equal those of an encoding that began with these texts.
     """
     new, changed = [], 0
-    chosen = sorted(paths)
-    for path, rows in zip(chosen, dataset.columns(chosen, ["id", "caption"]), strict=True):
-        stale = [row["id"] for row in rows if texts.get(row["id"]) != row["caption"]]
+    for path, table in dataset.small_tables(paths, ["id", "caption"]):
+        stale = [row["id"] for row in table.to_pylist() if texts.get(row["id"]) != row["caption"]]
         changed += sum(id in texts for id in stale)
         if not stale:
             new.append(path)
-        elif (table := _reworded(dataset.store.get_table(path), texts, tokenize)).num_rows:
-            new.append(dataset.store.put_table(folder, table))
+        elif (anew := _reworded(dataset.store.get_table(path), texts, tokenize)).num_rows:
+            new.append(dataset.store.put_table(folder, anew))
     return tuple(new), changed
 
 

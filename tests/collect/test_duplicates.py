@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import os
 import random
+import subprocess
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -47,8 +51,8 @@ def collected(dataset: Dataset, paths: list[str], policy: Any) -> Version:
 def find(rows: list[dict[str, Any]]) -> pa.Table:
     thumbnails = np.frombuffer(b"".join(row["thumbnail"] for row in rows), np.uint8).reshape(-1, THUMBNAIL_BYTES)
     schema = pa.schema([IMAGES.field(name) for name in duplicates.COLUMNS])
-    table = pa.Table.from_pylist(rows, schema=schema).append_column("place", pa.array(np.arange(len(rows))))
-    return duplicates.find(duplicates.Looks.of(table, thumbnails))
+    table = pa.Table.from_pylist(rows, schema=schema)
+    return duplicates.find(duplicates.Looks.of(table["id"], duplicates.facts_of(table), thumbnails))
 
 
 def found(rows: list[dict[str, Any]]) -> dict[str, str]:
@@ -218,6 +222,100 @@ def test_flipped_bits_may_lie_as_far_apart_as_they_can() -> None:
     pairs = list(duplicates.near_hashes(np.array([0, flipped], np.uint64)))
     assert [pair.tolist() for pair in pairs[0]] == [[0], [1]]
     assert not list(duplicates.near_hashes(np.array([0, flipped | 2], np.uint64)))
+
+
+def plainly(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """`found`, one pair after another."""
+    first = {row["id"]: row for row in reversed(rows)}
+    works = sorted(first.values(), key=lambda row: (-row["width"] * row["height"], row["id"]))
+    roots = list(range(len(works)))
+
+    def join(one: int, other: int) -> None:
+        low, high = sorted((roots[one], roots[other]))
+        roots[:] = [low if root == high else root for root in roots]
+
+    def same(one: int, other: int) -> bool:
+        pair = duplicates.Looks(*columns, np.arange(len(works)), thumbnails)
+        return bool(duplicates.confirmed(pair, np.array([one]), np.array([other]))[0])
+
+    def distance(one: int, other: int) -> int:
+        return (int(works[one]["phash"], 16) ^ int(works[other]["phash"], 16)).bit_count()
+
+    thumbnails = np.frombuffer(b"".join(row["thumbnail"] for row in works), np.uint8).reshape(-1, THUMBNAIL_BYTES)
+    columns = [np.array([row[name] for row in works], kind) for name, kind in zip(duplicates.COLUMNS, "USUdd", strict=True)]
+    alone: list[int] = []
+    for index, work in enumerate(works):
+        exact = [other for other in alone if work["sha256"] and works[other]["sha256"] == work["sha256"]]
+        alone += [] if exact else [index]
+        join(index, exact[0] if exact else index)
+    leaders: list[int] = []
+    for index in alone:
+        alike = [other for other in leaders if not distance(other, index) and same(other, index)]
+        leaders += [] if alike else [index]
+        join(index, alike[0] if alike else index)
+    for one, other in itertools.combinations(leaders, 2):
+        if 0 < distance(one, other) <= duplicates.RADIUS and same(one, other):
+            join(one, other)
+    return {work["id"]: works[root]["id"] for work, root in zip(works, roots, strict=True) if work is not works[root]}
+
+
+@lru_cache(maxsize=16)
+def variant(number: int, size: int) -> tuple[tuple[str, Any], ...]:
+    return tuple(row("", jpeg(scene(number), size, 80)).items())
+
+
+drawn = st.tuples(
+    st.integers(0, 15), st.sampled_from(["", "s", "t"]) | st.uuids().map(str), st.sampled_from([0, 1, 6, 0x1FF]),
+    st.integers(0, 2), st.sampled_from([120, 200, 330]),
+)  # fmt: skip
+
+
+@given(st.lists(st.lists(drawn, max_size=12), min_size=1, max_size=3))
+@settings(max_examples=40, deadline=None)
+def test_what_is_found_is_what_plain_comparison_finds(blocks: list[list[tuple[int, str, int, int, int]]]) -> None:
+    dataset, paths = Dataset(f"memory://{uuid4().hex}"), []
+    for block in blocks:
+        works = []
+        for number, sha256, flips, *kind in block:
+            facts = dict(variant(*kind))
+            phash = f"{int(facts['phash'], 16) ^ flips:016x}"
+            works.append(Artwork(**facts | {"id": f"w{number:02}", "sha256": sha256, "phash": phash}).row())
+        paths.append(dataset.put_rows("images", works, IMAGES))
+    table = collected(dataset, paths, "drop").duplicates
+    again = {row["id"]: row["duplicate_of"] for row in dataset.rows(table)}
+    assert again == plainly(list(dataset.rows(set(paths))))
+
+
+MEMORY = """
+import tracemalloc
+import numpy as np, pyarrow as pa
+from momalisa.collect import duplicates
+from momalisa.dataset import Dataset
+
+def peak(works, rows=250):
+    dataset, random, paths = Dataset(f"memory://{works}"), np.random.default_rng(works), []
+    for start in range(0, works, rows):
+        texts = {name: [random.bytes(size).hex() for _ in range(rows)] for name, size in (("sha256", 32), ("phash", 8))}
+        thumbnails = [random.bytes(768) for _ in range(rows)]
+        facts = {"id": [f"folder-{start + row:016x}" for row in range(rows)], "status": ["ok"] * rows, **texts}
+        sides = {name: pa.array([32] * rows, pa.int32()) for name in ("width", "height")}
+        paths.append(dataset.store.put_table("images", pa.table({**facts, **sides, "thumbnail": thumbnails})))
+    tracemalloc.start()
+    with duplicates.looks(dataset, paths) as seen:
+        assert not len(duplicates.find(seen))
+    traced = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return traced + pa.default_memory_pool().max_memory()
+
+few, many = peak(10_000), peak(30_000)
+print((many - few) / 20_000)
+"""
+
+
+def test_looking_for_duplicates_holds_less_than_300_bytes_a_work() -> None:
+    """In a process of its own: what each work more costs, by Arrow's count and Python's."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 300
 
 
 def test_nothing_and_one_have_no_duplicates() -> None:

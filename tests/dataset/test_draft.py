@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,3 +33,21 @@ def test_another_origin_or_stage_has_a_draft_of_its_own(dataset: Dataset) -> Non
     Draft(dataset.store, "collect", "abc").add(Entry("images/1.parquet"))
     assert Draft(dataset.store, "collect", "abd").entries() == []
     assert Draft(dataset.store, "captions-x", "abc").entries() == []
+
+
+@pytest.mark.parametrize("operation", ["read_json", "delete"])
+def test_a_bucket_s_files_are_asked_for_side_by_side(dataset: Dataset, monkeypatch: pytest.MonkeyPatch, operation: str) -> None:
+    draft = Draft(dataset.store, "collect", "abc")
+    entries = [Entry(f"images/{number}.parquet") for number in range(8)]
+    for entry in entries:
+        draft.add(entry)
+    together, one = threading.Barrier(4, timeout=20), getattr(dataset.store, operation)
+
+    def slow(path: str) -> Any:
+        together.wait()  # for three more
+        return one(path)
+
+    monkeypatch.setattr(dataset.store, operation, slow)
+    assert draft.entries() == entries
+    draft.clear()
+    assert not dataset.store.list("drafts")

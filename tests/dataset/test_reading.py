@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from momalisa.dataset import Dataset
 from momalisa.dataset.edits import with_edits
 from momalisa.dataset.wording import reworded
 from momalisa.records import IMAGES, LATENTS, OK
+from momalisa.storage import READERS
 from tests.dataset.conftest import BLIP, add, caption, work
 
 
@@ -48,6 +50,27 @@ def test_columns_fetch_no_picture(dataset: Dataset, monkeypatch: pytest.MonkeyPa
     assert 0 < fetched < 100_000
     assert sum(len(row["bytes"]) for row in dataset.rows([path], ["id", "bytes"])) == 6_000_000
     assert fetched > 2_000_000  # the same bytes thrice are stored once
+
+
+def test_rows_of_many_tables_are_never_held_all_at_once(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [dataset.put_rows("images", [work(n).row()], IMAGES) for n in range(2 * READERS)]
+    get, fetched = dataset.store.get_columns, []
+    monkeypatch.setattr(dataset.store, "get_columns", lambda path, names: (fetched.append(path), get(path, names))[1])
+    rows = dataset.small_rows(paths, ["id"])
+    first = next(rows)
+    assert len(fetched) <= READERS
+    assert [first, *rows] == list(dataset.rows(paths, ["id"]))
+    assert sorted(fetched[: len(paths)]) == sorted(paths)
+
+
+def test_tables_without_some_works_are_copied_side_by_side(collection: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    version, get, together = collection.latest(), collection.store.get_table, threading.Barrier(2, timeout=20)
+    assert len(version.images) == 2
+    monkeypatch.setattr(collection.store, "get_table", lambda path: (together.wait(), get(path))[1])
+    gone = {next(iter(collection.ids([path]))) for path in version.images}
+    changed, copies = collection.without_works(replace(version, captions={}, latents={}), gone)
+    assert copies.keys() == set(version.images)
+    assert collection.ids(changed.images) == collection.ids(version.images) - gone
 
 
 def test_a_curator_wins_and_what_hangs_twice_or_failed_has_no_text(collection: Dataset) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -38,38 +39,48 @@ class PictureFolder:
 
         Raises ValueError if there is no picture, or the metadata cannot be read.
         """
-        return selected(((work, True) for work in self._works()), self.source, self.left_out)
+        return selected(((work, True) for work in self._works()), self.source, self.left_out, distinct=True)
 
     def _works(self) -> Iterator[Artwork]:
         names = self._names()
         told = self._metadata(names)
-        pictures = [name for name in names if PurePosixPath(name).suffix.lower() in SUFFIXES]
-        if not pictures:
+        if not any(map(_is_picture, names)):
             known = " ".join(sorted(SUFFIXES))
             raise ValueError(f"{self.location} holds no picture ({known}); check collect.source.location")
-        for name in pictures:
-            yield _work(name, f"{self.location.rstrip('/')}/{name}", told.pop(name, {}))
-        for name in sorted(told.keys() - set(names)):
+        for name in names:
+            facts = told.pop(name, {})
+            if _is_picture(name):
+                yield _work(name, f"{self.location.rstrip('/')}/{name}", facts)
+        for name in sorted(told):
             yield _work(name, "", told[name])
 
     def _names(self) -> list[str]:
         """Every file that is not hidden, by its path below the location, sorted."""
         try:
             found = self._in_bucket() if in_bucket(self.location) else self._in_folder()
+            return sorted(name for name in found if not any(part.startswith(".") for part in name.split("/")))
         except Exception as error:  # each storage has its own
             raise unreadable(self.location, error) from error
-        return sorted(name for name in found if not any(part.startswith(".") for part in name.split("/")))
 
-    def _in_bucket(self) -> list[str]:
-        fs, base = fsspec.core.url_to_fs(self.location, use_listings_cache=False)
-        return [name.removeprefix(f"{base}/") for name in retried(lambda: fs.find(base))]
+    def _in_bucket(self) -> Iterator[str]:
+        """Page by page, and nothing but names is asked for: `find` of gcsfs holds all that is known of each object."""
+        fs, base = fsspec.core.url_to_fs(self.location)
+        bucket, _, prefix = base.partition("/")
+        below, token = f"{prefix}/" if prefix else "", ""
+        asked = {"prefix": below, "fields": "items(name),nextPageToken", "json_out": True}
+        while True:
+            page = retried(partial(fs.call, "GET", "b/{}/o", bucket, pageToken=token or None, **asked))
+            yield from (item["name"].removeprefix(below) for item in page.get("items", []))
+            if not (token := page.get("nextPageToken", "")):
+                return
 
-    def _in_folder(self) -> list[str]:
+    def _in_folder(self) -> Iterator[str]:
         """Folder by folder, so that of a million files only the names are held."""
         if not Path(self.location).is_dir():
             raise FileNotFoundError(self.location)
-        walk = ((Path(folder).relative_to(self.location), files) for folder, _, files in os.walk(self.location))
-        return [(below / name).as_posix() for below, files in walk for name in files]
+        for folder, _, files in os.walk(self.location):
+            below = Path(folder).relative_to(self.location)
+            yield from ((below / name).as_posix() for name in files)
 
     def _metadata(self, names: list[str]) -> dict[str, dict[str, str]]:
         """file_name -> what is told about it."""
@@ -80,6 +91,10 @@ class PictureFolder:
         with opened(where, self.settings) as file:
             rows = _json_rows(file, where) if name.endswith(".jsonl") else csv_rows(file, where, ["file_name"])
             return {str(PurePosixPath(row["file_name"])): row for row in rows if row["file_name"]}
+
+
+def _is_picture(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in SUFFIXES
 
 
 def _json_rows(file: BinaryIO, location: str) -> Iterator[dict[str, str]]:

@@ -11,13 +11,16 @@ from momalisa.records import Artwork
 NOT_ON_VIEW = "not on view"
 
 
-def selected(works: Iterable[tuple[Artwork, bool]], source: Source, left_out: Counter[str]) -> Iterator[Artwork]:
+def selected(
+    works: Iterable[tuple[Artwork, bool]], source: Source, left_out: Counter[str], distinct: bool = False
+) -> Iterator[Artwork]:
     """Of (work, is it on view) pairs, the wanted works; the others are counted in `left_out` by why.
 
-    The first work of an id counts. Ids are held in memory, works are not.
+    The first work of an id counts. Ids are held in memory, unless all are known to be `distinct`; works are not.
     """
     departments, classifications = _names(source.departments), _names(source.classifications)
     seen: set[str] = set()
+    chosen = 0
     for work, on_view in works:
         if source.on_view_only and not on_view:
             left_out[NOT_ON_VIEW] += 1
@@ -28,9 +31,11 @@ def selected(works: Iterable[tuple[Artwork, bool]], source: Source, left_out: Co
         elif work.id in seen:
             left_out["listed twice"] += 1
         else:
-            seen.add(work.id)
+            if not distinct:
+                seen.add(work.id)
+            chosen += 1
             yield work
-            if len(seen) == source.limit:
+            if chosen == source.limit:
                 return
 
 

@@ -64,6 +64,13 @@ def test_metadata_beside_the_pictures_is_used(tmp_path: Path, kind: str) -> None
     assert (gone.title, gone.status, gone.error) == ("Three", REJECTED, "no picture")
 
 
+def test_metadata_of_a_file_that_is_there_and_no_picture_is_no_work(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "metadata.csv").write_text("file_name,title\nnotes.txt,Notes\na.png,One\n")
+    assert [work.title for work in works(folder(tmp_path))] == ["One"]
+
+
 def test_odd_metadata_and_empty_folders_are_errors_that_say_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no picture"):
         works(folder(tmp_path))
@@ -101,16 +108,24 @@ def test_departments_are_chosen_by_the_metadata(tmp_path: Path) -> None:
 
 
 class Bucket:
-    """Google's storage as it answers to those who may not read."""
+    """Google's storage as it answers to those who may not read, and as it lists names."""
 
     status, message = 401, "Anonymous caller does not have storage.objects.list access to the Google Cloud Storage bucket."
 
     def __init__(self) -> None:
         self.app = web.Application()
         self.app.router.add_get("/{path:.*}", self.answer)
+        self.names: list[str] = []  # of objects, for those who may read; two a page
+        self.asked: list[dict[str, str]] = []
 
     async def answer(self, request: web.Request) -> web.Response:
-        return web.json_response({"error": {"code": self.status, "message": self.message}}, status=self.status)
+        if not self.names:
+            return web.json_response({"error": {"code": self.status, "message": self.message}}, status=self.status)
+        self.asked.append(dict(request.query))
+        begin = int(request.query.get("pageToken", 0))
+        names = [name for name in self.names if name.startswith(request.query["prefix"])]
+        more = {"nextPageToken": str(begin + 2)} if begin + 2 < len(names) else {}
+        return web.json_response({"items": [{"name": name} for name in names[begin : begin + 2]], **more})
 
 
 @pytest.fixture
@@ -122,6 +137,18 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", base)
         yield denying
     gcsfs.GCSFileSystem.clear_instance_cache()
+
+
+def test_of_a_bucket_s_objects_nothing_but_names_is_asked_for_page_by_page(bucket: Bucket) -> None:
+    bucket.names = ["art/.hidden/a.png", "art/a.png", "art/deep/b c.JPG", "art/notes.txt", "art/z.png", "arts/d.png"]
+    assert [work.image_url for work in works(folder("gs://moma/art/"))] == [
+        f"gs://moma/art/{name}" for name in ("a.png", "deep/b c.JPG", "z.png")
+    ]
+    assert [query.get("pageToken") for query in bucket.asked] == [None, "2", "4"]
+    assert {query["fields"] for query in bucket.asked} == {"items(name),nextPageToken"}
+    assert [work.image_url for work in works(folder("gs://moma"))][-1] == "gs://moma/arts/d.png"
+    with pytest.raises(ValueError, match="gs://moma/else holds no picture"):
+        works(folder("gs://moma/else"))
 
 
 def test_missing_credentials_say_which_variable_and_which_role(bucket: Bucket) -> None:
