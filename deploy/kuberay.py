@@ -50,7 +50,9 @@ def script_settings(settings: Settings) -> str:
     cluster, gpu = settings.cluster, settings.cluster.gpus[0]
     if cluster.gpus_per_node not in gpu.gke_machines:
         counts = ", ".join(str(count) for count in sorted(gpu.gke_machines))
-        raise ValueError(f"GKE has no machine with cluster.gpus_per_node={cluster.gpus_per_node} of {gpu.gke}; try one of {counts}")
+        raise ValueError(
+            f"GKE has no machine with cluster.gpus_per_node={cluster.gpus_per_node} of {gpu.gke}; try one of {counts}"
+        )
     values = {
         "PROJECT": cluster.gcp_project,
         "REGION": cluster.gcp_region,

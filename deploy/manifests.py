@@ -54,7 +54,9 @@ def main() -> None:
     except ValueError as error:
         sys.exit(str(error))
     if settings.cluster.tls:
-        print("cluster.yaml is left as it is: cluster.tls=true is for GKE alone, RunPod's nodes have no certificates (SECURITY.md)")
+        print(
+            "cluster.yaml is left as it is: cluster.tls=true is for GKE alone, RunPod's nodes have no certificates (SECURITY.md)"
+        )
     for path, text in files.items():
         there = (HOME / path).read_text() if (HOME / path).is_file() else None
         if there == text:

@@ -68,7 +68,9 @@ def test_what_compose_mounts_is_the_users_own_in_the_image() -> None:
     """A volume over a folder that the image lacks is root's, and Ray is not root."""
     (made,) = re.findall(r"^RUN install --directory --owner=1000 --group=1000 (.*)$", DOCKERFILE, re.MULTILINE)
     assert DOCKERFILE.index(made) < DOCKERFILE.index("USER 1000")
-    mounted = {volume.split(":")[1] for name in ("head", "pipeline", "page") for volume in COMPOSE["services"][name].get("volumes", [])}
+    mounted = {
+        volume.split(":")[1] for name in ("head", "pipeline", "page") for volume in COMPOSE["services"][name].get("volumes", [])
+    }
     assert mounted == set(made.split())
     environment = COMPOSE["services"]["head"]["environment"]
     for place in (environment["HF_HOME"], environment["MOMALISA_ROOT"].removeprefix("${MOMALISA_ROOT:-")):
@@ -102,7 +104,7 @@ def test_composes_pipeline_and_page_have_one_root_and_the_page_is_reachable(tmp_
     assert said.endswith(" --root=gs://moma/sd14\n")
     assert told("page", tmp_path, **chosen).endswith("/serve.yaml --address http://head:8265\n")
     page = ServeDeploySchema(**yaml.safe_load((tmp_path / "given").read_text()))
-    assert (page.http_options.host, page.http_options.port) == ("0.0.0.0", 8000)  # noqa: S104
+    assert (page.http_options.host, page.http_options.port) == ("0.0.0.0", 8000)
     assert "127.0.0.1:8000:8000" in COMPOSE["services"]["head"]["ports"]
     assert page.applications[0].args["config"] == "configs/sd14.yaml"
     assert page.applications[0].args["overrides"] == ["--root=gs://moma/sd14"]

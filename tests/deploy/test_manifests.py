@@ -226,7 +226,7 @@ def test_a_job_can_be_created_again_and_again_within_kuberays_length_of_names() 
         assert "name" not in metadata
         assert metadata["generateName"] == f"{longest}-{stage}-"
         assert len(metadata["generateName"]) + 5 <= 47
-    with pytest.raises(ConfigError, match="cluster.name"):
+    with pytest.raises(ConfigError, match=r"cluster\.name"):
         from_file(str(HOME / CONFIG), [f"--cluster.name={longest}m"])
 
 
