@@ -11,7 +11,7 @@ CONFIG ?= configs/demo.yaml
 ON ?= runpod
 
 .DEFAULT_GOAL := help
-.PHONY: help demo stop test test-slow check format submit plan manifests gke lock image-check sbom audit weights evaluate clean-venv
+.PHONY: help demo stop test test-slow check format submit plan manifests gke gke-down lock image-check sbom audit weights evaluate clean-venv
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,11 +54,14 @@ submit: $(VENV)/.ready ## one stage on a running cluster: make submit STAGE=trai
 plan: $(VENV)/.ready ## what a run will cost: make plan CONFIG=configs/sd14.yaml ON=runpod
 	$(BIN)/python -m ray_jobs.plan --config $(CONFIG) --on $(ON) $(ARGS)
 
-manifests: $(VENV)/.ready ## cluster.yaml and deploy/gke from the settings
-	$(BIN)/python -m deploy.manifests --config configs/sd14.yaml
+manifests: $(VENV)/.ready ## cluster.yaml and deploy/gke from the settings of configs/sd14.yaml (or CONFIG=...)
+	$(BIN)/python -m deploy.manifests --config $(if $(filter file,$(origin CONFIG)),configs/sd14.yaml,$(CONFIG))
 
-gke: ## make a GKE cluster, node pools, bucket and bindings (needs gcloud, kubectl, helm): make gke PROJECT=... BUCKET=...
-	PROJECT=$(PROJECT) BUCKET=$(BUCKET) bash deploy/gke.sh
+gke: ## what deploy/gke says on GKE: cluster, node pools, bucket, bindings (needs gcloud, kubectl, helm)
+	bash deploy/gke.sh
+
+gke-down: ## delete all that `make gke` made but the bucket
+	bash deploy/gke.sh down
 
 lock: $(VENV)/.ready ## the image's libraries by hash (needs uv; LINKS names a folder with the CPU build of torch)
 	uv pip compile pyproject.toml -c constraints.txt --generate-hashes --python-version 3.11 --no-header --no-annotate \
@@ -71,10 +74,10 @@ image-check: $(VENV)/.ready ## lint the Dockerfile, and run its install steps in
 	$(BIN)/pytest -q -m image tests/deploy/test_image.py
 
 sbom: $(VENV)/.ready ## a CycloneDX list of what the image holds (needs the network)
-	$(BIN)/pip install --quiet cyclonedx-bom && $(BIN)/cyclonedx-py requirements deploy/requirements-gpu.lock -o out/sbom.json
+	$(BIN)/pip install --quiet cyclonedx-bom==7.5.0 && $(BIN)/cyclonedx-py requirements deploy/requirements-gpu.lock -o out/sbom.json
 
 audit: $(VENV)/.ready ## known vulnerabilities in it (needs the network)
-	$(BIN)/pip install --quiet pip-audit && $(BIN)/pip-audit --require-hashes --disable-pip -r deploy/requirements-gpu.lock
+	$(BIN)/pip install --quiet pip-audit==2.10.1 && $(BIN)/pip-audit --require-hashes --disable-pip -r deploy/requirements-gpu.lock
 
 weights: $(VENV)/.ready ## train the miniature models from nothing (hours on a CPU, resumable)
 	$(BIN)/python -m momalisa.miniature.train --work out/miniature

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from deploy import endpoint
 from deploy.redis import redis
 from momalisa.config import Cluster, Settings
 
 RAY_VERSION = "2.60.0"
+KUBERAY_VERSION = "1.7.0"  # of the operator's chart; the manifests are checked against this version's CRDs
+CERT_MANAGER_VERSION = "v1.19.4"  # what KubeRay of that version is tested with
 APP = {"app.kubernetes.io/part-of": "momalisa"}
 SECRET = "momalisa-secrets"  # noqa: S105  # its name
 SERVICE_ACCOUNT = "momalisa"
 STAGES = ("collect", "caption", "encode", "train", "promote", "pipeline")
 IMAGE_HOME = "/opt/momalisa"
-NOTICE_S = 25  # a spot node has 30 s from its notice
+NOTICE_S = 15  # of a spot node's 30 s GKE gives pods like ours 15, when all goes well
+CPU_MACHINE = "e2-standard-4"  # of the nodes without a GPU; 16 GB, some of both is the node's own
+CPU_WORKER = {"cpu": "3", "memory": "10Gi"}
+PROXY_RANGE = "192.168.100.0/23"  # the load balancer's own subnet, outside the ranges that GKE takes for pods
 CONTROL_PORTS = (6379, 8265, 8076, 10001, 52365)  # GCS, dashboard and jobs, object manager, client, agent
 Object = dict[str, Any]
 
@@ -28,14 +35,43 @@ def documents(settings: Settings, config: str, home: Path) -> dict[str, list[Obj
         "serviceaccount.yaml": [service_account(cluster)],
         "redis.yaml": redis(SECRET, APP),
         "networkpolicy.yaml": network_policies(),
-        "disruption.yaml": budgets(),
+        "disruption.yaml": budgets(cluster),
         "raycluster.yaml": [named("RayCluster", cluster.name, cluster_spec(cluster))],
-        "rayservice.yaml": [ray_service(settings, config, home)],
+        "rayservice.yaml": [ray_service(settings, config)],
     }
     jobs = {f"jobs/{stage}.yaml": [ray_job(settings, stage, config, home)] for stage in STAGES}
     overlays = {f"overlays/{name}/kustomization.yaml": [overlay(cluster, name)] for name in ("dev", "prod")}
     listing = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "resources": sorted(base)}
     return {f"base/{name}": found for name, found in base.items()} | {"base/kustomization.yaml": [listing]} | jobs | overlays
+
+
+def script_settings(settings: Settings) -> str:
+    """deploy/gke/cluster.env, for deploy/gke.sh. Raises ValueError where GKE has no machine with that many GPUs."""
+    cluster, gpu = settings.cluster, settings.cluster.gpus[0]
+    if cluster.gpus_per_node not in gpu.gke_machines:
+        counts = ", ".join(str(count) for count in sorted(gpu.gke_machines))
+        raise ValueError(
+            f"GKE has no machine with cluster.gpus_per_node={cluster.gpus_per_node} of {gpu.gke}; try one of {counts}"
+        )
+    values = {
+        "PROJECT": cluster.gcp_project,
+        "REGION": cluster.gcp_region,
+        "BUCKET": settings.root.removeprefix("gs://").split("/")[0] if settings.root.startswith("gs://") else "",
+        "CLUSTER": cluster.name,
+        "IMAGE": cluster.image,
+        "GPU": gpu.gke,
+        "GPU_QUOTA": gpu.gke_quota,
+        "GPUS_PER_NODE": cluster.gpus_per_node,
+        "MACHINE": gpu.gke_machines[cluster.gpus_per_node],
+        "MAX_NODES": cluster.max_workers,
+        "CPU_MACHINE": CPU_MACHINE,
+        "MAX_CPU_NODES": cluster.max_cpu_workers + 1,  # one for the second head of an endpoint that is being upgraded
+        "PROXY_RANGE": PROXY_RANGE,
+        "KUBERAY": KUBERAY_VERSION,
+        "TLS": str(cluster.tls).lower(),
+        "CERT_MANAGER": CERT_MANAGER_VERSION,
+    }
+    return "".join(f"{name}={shlex.quote(str(value))}\n" for name, value in values.items())
 
 
 def named(kind: str, name: str, spec: Object, api: str = "ray.io/v1", annotations: Object | None = None) -> Object:
@@ -48,7 +84,6 @@ def cluster_spec(cluster: Cluster) -> Object:
     return {
         "rayVersion": RAY_VERSION,
         "authOptions": {"mode": "token"},  # KubeRay makes the token, a Secret named after the cluster
-        "tlsOptions": {"enabled": cluster.tls},
         "enableInTreeAutoscaling": True,
         "autoscalerOptions": {
             "version": "v2",
@@ -65,11 +100,11 @@ def cluster_spec(cluster: Cluster) -> Object:
             "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},  # noqa: S104
             "template": pod(cluster, "ray-head", {"cpu": "2", "memory": "8Gi"}),
         },
-        "workerGroupSpecs": [worker_group(cluster)],
-    }
+        "workerGroupSpecs": [gpu_workers(cluster), cpu_workers(cluster)],
+    } | ({"tlsOptions": {"enabled": True}} if cluster.tls else {})  # without its feature gate KubeRay refuses the very key
 
 
-def worker_group(cluster: Cluster) -> Object:
+def gpu_workers(cluster: Cluster) -> Object:
     gpu = cluster.gpus[0]
     size = {
         "cpu": str(cluster.cpus_per_node),
@@ -88,18 +123,23 @@ def worker_group(cluster: Cluster) -> Object:
         ],
         "terminationGracePeriodSeconds": NOTICE_S,
     }
-    return {
-        "groupName": "gpu",
-        "minReplicas": cluster.min_workers,
-        "replicas": cluster.min_workers,
-        "maxReplicas": cluster.max_workers,
-        "rayStartParams": {},
-        "template": template,
-    }
+    return workers("gpu", cluster.min_workers, cluster.max_workers, template)
+
+
+def cpu_workers(cluster: Cluster) -> Object:
+    """For what asks for no GPU: a polite collection takes hours, and Ray prefers these nodes for it."""
+    template = pod(cluster, "ray-worker", CPU_WORKER)
+    template["spec"]["nodeSelector"] = {"cloud.google.com/gke-nodepool": "cpu"}
+    return workers("cpu", 0, cluster.max_cpu_workers, template)
+
+
+def workers(group: str, least: int, most: int, template: Object) -> Object:
+    size = {"minReplicas": least, "replicas": least, "maxReplicas": most}
+    return {"groupName": group, **size, "rayStartParams": {}, "template": template}
 
 
 def pod(cluster: Cluster, name: str, size: dict[str, str]) -> Object:
-    """One Ray container: not root, no privileges, secrets by reference."""
+    """One Ray container: not root, no privileges, secrets by reference. KubeRay adds a /dev/shm as large as its memory."""
     limits = {key: value for key, value in size.items() if key != "cpu"}
     return {
         "metadata": {"labels": APP},
@@ -115,10 +155,8 @@ def pod(cluster: Cluster, name: str, size: dict[str, str]) -> Object:
                     + [{"name": "WANDB_API_KEY", "valueFrom": {"secretKeyRef": {"name": SECRET, "key": "WANDB_API_KEY"}}}],
                     "resources": {"requests": size, "limits": limits},
                     "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
-                    "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],  # noqa: S108
                 }
             ],
-            "volumes": [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "4Gi"}}],
         },
     }
 
@@ -130,7 +168,10 @@ def environment(cluster: Cluster) -> dict[str, str]:
 
 
 def ray_job(settings: Settings, stage: str, config: str, home: Path) -> Object:
-    """A stage on nodes of its own, which go when it ends. Applied again it goes on where it stopped."""
+    """A stage on nodes of its own, which go when it ends. Created again (each run has a name of its own) it goes on from there.
+
+    Its head keeps no state in Redis: the driver dies with it, so the job starts anew on a new cluster, `backoffLimit` times.
+    """
     carried = yaml.safe_load((home / "runtime_env.yaml").read_text())
     spec = {
         "entrypoint": f"python -m ray_jobs.{stage} --config {IMAGE_HOME}/{config}",
@@ -145,19 +186,16 @@ def ray_job(settings: Settings, stage: str, config: str, home: Path) -> Object:
             key: value for key, value in cluster_spec(settings.cluster).items() if key != "gcsFaultToleranceOptions"
         },
     }
-    return named("RayJob", f"{settings.cluster.name}-{stage}", spec)
+    job = named("RayJob", "", spec)
+    del job["metadata"]["name"]
+    job["metadata"]["generateName"] = f"{settings.cluster.name}-{stage}-"
+    return job
 
 
-def ray_service(settings: Settings, config: str, home: Path) -> Object:
+def ray_service(settings: Settings, config: str) -> Object:
     """The endpoint. A new image or cluster is brought up beside the old one, and traffic moves over in steps."""
-    served = yaml.safe_load((home / "serve" / "config.yaml").read_text())
-    served["proxy_location"] = "EveryNode"
-    served["http_options"]["host"] = "0.0.0.0"  # noqa: S104  # inside the cluster; the gateway is in front
-    (application,) = served["applications"]
-    application["args"] |= {"config": config}  # relative to $MOMALISA_HOME
-    generator = next(item for item in application["deployments"] if item["name"] == "Generator")
-    generator["ray_actor_options"] = {"num_cpus": 1, "num_gpus": 1}
-    generator["autoscaling_config"]["max_replicas"] = settings.cluster.max_workers * settings.cluster.gpus_per_node
+    cluster = settings.cluster
+    served = endpoint.document(config, [], cluster.max_workers * cluster.gpus_per_node) | {"proxy_location": "EveryNode"}
     spec = {
         "serveConfigV2": yaml.safe_dump(served, sort_keys=False),
         "upgradeStrategy": {
@@ -171,9 +209,9 @@ def ray_service(settings: Settings, config: str, home: Path) -> Object:
         },
         "serviceUnhealthySecondThreshold": 900,
         "deploymentUnhealthySecondThreshold": 300,
-        "rayClusterConfig": cluster_spec(settings.cluster),
+        "rayClusterConfig": cluster_spec(cluster),
     }
-    return named("RayService", f"{settings.cluster.name}-serve", spec)
+    return named("RayService", f"{cluster.name}-serve", spec)
 
 
 def service_account(cluster: Cluster) -> Object:
@@ -187,7 +225,7 @@ def network_policies() -> list[Object]:
     """Nothing comes in but: Ray to Ray, the operator to the head's control ports, the gateway to Serve, Ray to Redis."""
     ray = {"matchExpressions": [{"key": "ray.io/cluster", "operator": "Exists"}]}
     operator = {"matchLabels": {"app.kubernetes.io/name": "kuberay-operator"}}
-    gateway = {"ipBlock": {"cidr": "10.0.0.0/8"}}  # the proxy-only subnet and health checks of an internal load balancer
+    gateway = {"ipBlock": {"cidr": PROXY_RANGE}}
     checks = [{"ipBlock": {"cidr": cidr}} for cidr in ("35.191.0.0/16", "130.211.0.0/22")]
     rules = [
         {"from": [{"podSelector": ray}]},
@@ -211,12 +249,26 @@ def tcp(port: int) -> Object:
     return {"protocol": "TCP", "port": port}
 
 
-def budgets() -> list[Object]:
-    """A drained machine never takes the head, and one serving worker at a time."""
-    head = {"maxUnavailable": 0, "selector": {"matchLabels": {"ray.io/node-type": "head"}}}
-    workers = {"maxUnavailable": 1, "selector": {"matchLabels": {"ray.io/node-type": "worker"}}}
-    return [named("PodDisruptionBudget", f"ray-{name}", spec, api="policy/v1") for name, spec in
-            (("head", head), ("workers", workers))]  # fmt: skip
+def budgets(cluster: Cluster) -> list[Object]:
+    """A drained machine takes neither the last head nor the last worker that serves.
+
+    `maxUnavailable` would block every drain: it asks a pod's owner for its scale, and a RayCluster has none. Jobs have no
+    budget: they go on from their last checkpoint.
+    """
+    return [
+        named("PodDisruptionBudget", f"ray-{name}", {"minAvailable": 1, "selector": selector}, api="policy/v1")
+        for name, selector in {
+            "head": {"matchLabels": {"ray.io/node-type": "head", "ray.io/cluster": cluster.name}},
+            "serving-head": serving("head"),
+            "serving-workers": serving("worker"),
+        }.items()
+    ]
+
+
+def serving(node_type: str) -> Object:
+    """Selects pods of a RayService's clusters: KubeRay labels these alone with ray.io/serve (true or false)."""
+    label = {"key": "ray.io/serve", "operator": "Exists"}
+    return {"matchLabels": {"ray.io/node-type": node_type}, "matchExpressions": [label]}
 
 
 def overlay(cluster: Cluster, name: str) -> Object:

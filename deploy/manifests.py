@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from deploy import kuberay, runpod_cluster
-from momalisa.config import ConfigError, Settings, from_file
+from momalisa.config import Settings, from_file
 
 HOME = Path(__file__).parents[1]
 NOTE = "# Made by `python -m deploy.manifests --config {config}` from the section `cluster` of its settings: change it there.\n"
@@ -22,9 +22,11 @@ NOTE = "# Made by `python -m deploy.manifests --config {config}` from the sectio
 
 def rendered(settings: Settings, config: str) -> dict[Path, str]:
     """{path in the repository: text}."""
-    files = {Path("cluster.yaml"): (runpod_cluster.HEADER, [runpod_cluster.document(settings.cluster)])}
-    files |= {Path("deploy/gke") / name: ("", documents) for name, documents in kuberay.documents(settings, config, HOME).items()}
-    return {path: NOTE.format(config=config) + head + dump(documents) for path, (head, documents) in files.items()}
+    files = {Path("deploy/gke/cluster.env"): kuberay.script_settings(settings)}
+    files |= {Path("deploy/gke") / name: dump(documents) for name, documents in kuberay.documents(settings, config, HOME).items()}
+    if not settings.cluster.tls:  # RunPod's nodes would not have it
+        files[Path("cluster.yaml")] = runpod_cluster.HEADER + dump([runpod_cluster.document(settings.cluster)])
+    return {path: NOTE.format(config=config) + text for path, text in files.items()}
 
 
 def dump(documents: list[dict[str, Any]]) -> str:
@@ -47,9 +49,14 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     try:
-        files = rendered(from_file(str(HOME / options.config)), options.config)
-    except ConfigError as error:
+        settings = from_file(str(HOME / options.config))
+        files = rendered(settings, options.config)
+    except ValueError as error:
         sys.exit(str(error))
+    if settings.cluster.tls:
+        print(
+            "cluster.yaml is left as it is: cluster.tls=true is for GKE alone, RunPod's nodes have no certificates (SECURITY.md)"
+        )
     for path, text in files.items():
         there = (HOME / path).read_text() if (HOME / path).is_file() else None
         if there == text:

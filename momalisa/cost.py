@@ -23,7 +23,9 @@ CAPTIONS_PER_S = 100.0  # BLIP-base with the KV cache, one GPU of the smallest k
 UNET_PARAMETERS = 859.5e6  # SD 1.x
 MINIATURE_PARAMETERS = 5.8e6
 LORA_PARAMETERS_PER_RANK = 199_296  # q, k, v and out of all attention layers of SD 1.x
-GKE_HEAD_USD_PER_HOUR = 0.15
+GKE_FEE_USD_PER_HOUR = 0.10  # Google's, for a cluster
+GKE_BASE_NODES = 3  # one in each zone of a regional cluster: heads, Redis and the operator
+GKE_CPU_NODE_USD_PER_HOUR = 0.134  # e2-standard-4 on demand
 STARTUP_H = 0.15  # renting, pulling the image, loading
 SLOW_LINK_MBIT = 1_000.0
 
@@ -47,6 +49,8 @@ class Estimate:
     network_bytes: float  # over all links in the whole run, checkpoints and latents included
     hours: dict[str, float]  # by stage
     usd_per_hour: float
+    collect_usd_per_hour: float  # while works are collected: GKE has nodes without a GPU for that
+    always_usd_per_hour: float  # of both: before and after the run too, until the cluster is deleted
     rests_on: tuple[str, ...]
 
     @property
@@ -55,11 +59,12 @@ class Estimate:
 
     @property
     def usd(self) -> float:
-        return self.total_hours * self.usd_per_hour
+        collecting = self.hours["collect"]
+        return collecting * self.collect_usd_per_hour + (self.total_hours - collecting) * self.usd_per_hour
 
 
 def estimate(settings: Settings, cloud: Cloud, works: int) -> Estimate:
-    """Raises Refused where the settings want more GPUs than the cluster may have, or more money than its caps."""
+    """Raises Refused where the settings want what the cluster may not have: more GPUs, more money an hour, TLS on RunPod."""
     train, cluster, gpu = settings.train, settings.cluster, settings.cluster.gpus[0]
     gpus = max(math.ceil(train.workers * train.gpus_per_worker), 1)
     if gpus > (most := cluster.max_workers * cluster.gpus_per_node):
@@ -68,6 +73,8 @@ def estimate(settings: Settings, cloud: Cloud, works: int) -> Estimate:
             f"at most {most} (cluster.max_workers={cluster.max_workers} x gpus_per_node={cluster.gpus_per_node}): the job would "
             f"wait for ever. Try cluster.max_workers={math.ceil(gpus / cluster.gpus_per_node)} or train.workers={most}"
         )
+    if cloud == "runpod" and cluster.tls:
+        raise Refused("cluster.tls=true is for GKE: RunPod's nodes would talk without it. Set it to false, or plan --on gke")
     nodes = math.ceil(gpus / cluster.gpus_per_node)
     one_gpu, basis = images_per_s(settings, gpu)
     compute_s = train.batch / (one_gpu * gpus)
@@ -78,8 +85,10 @@ def estimate(settings: Settings, cloud: Cloud, works: int) -> Estimate:
     speed = train.batch / (compute_s + exchange_s)
     steps = math.ceil(train.images / train.batch)
     price = gpu.runpod_usd_per_hour if cloud == "runpod" else gpu.gke_usd_per_hour
-    head = cluster.head_gpu.runpod_usd_per_hour if cloud == "runpod" else GKE_HEAD_USD_PER_HOUR
+    always = 0.0 if cloud == "runpod" else GKE_FEE_USD_PER_HOUR + GKE_BASE_NODES * GKE_CPU_NODE_USD_PER_HOUR
+    head = cluster.head_gpu.runpod_usd_per_hour if cloud == "runpod" else always
     per_hour = nodes * cluster.gpus_per_node * price + head
+    collecting = per_hour if cloud == "runpod" else always + cluster.max_cpu_workers * GKE_CPU_NODE_USD_PER_HOUR
     if per_hour > cluster.usd_per_hour_max:
         raise Refused(
             f"{nodes} nodes and a head are ${per_hour:.2f}/h, above cluster.usd_per_hour_max={cluster.usd_per_hour_max:g}; "
@@ -97,6 +106,8 @@ def estimate(settings: Settings, cloud: Cloud, works: int) -> Estimate:
         network_bytes=steps * step_bytes * nodes + stored_bytes(settings, works, nodes),
         hours=stage_hours(settings, works, gpus, speed, gpu),
         usd_per_hour=per_hour,
+        collect_usd_per_hour=collecting,
+        always_usd_per_hour=always,
         rests_on=(
             basis,
             f"{which}, {4 * parameters / 1e9:.3g} GB of gradients in fp32",
@@ -168,12 +179,23 @@ def stage_hours(settings: Settings, works: int, gpus: int, images_per_s: float, 
     }
 
 
+def always(found: Estimate) -> list[str]:
+    """What a cluster costs that nobody uses; on RunPod there is none then."""
+    if not found.always_usd_per_hour:
+        return []
+    return [
+        f"always   {found.always_usd_per_hour:.2f} of that, idle or not, until `make gke-down`: "
+        f"{GKE_BASE_NODES} base nodes and Google's fee"
+    ]
+
+
 def describe(found: Estimate) -> str:
     """The estimate for people."""
     lines = [
         f"on       {found.cloud}: {found.nodes} node{'s' * (found.nodes > 1)} of {found.gpus_per_node} GPU, and a head",
         f"hours    {found.total_hours:.2f} ({', '.join(f'{stage} {hours:.2f}' for stage, hours in found.hours.items())})",
-        f"dollars  {found.usd:.2f} at {found.usd_per_hour:.2f} an hour",
+        f"dollars  {found.usd:.2f} at {found.usd_per_hour:.2f} an hour, {found.collect_usd_per_hour:.2f} while collecting",
+        *always(found),
         f"network  {found.network_bytes / 1e9:.1f} GB; a step moves {found.step_bytes / 1e9:.3g} GB through each node's link: "
         f"{found.exchange_s:.2f} s beside {found.compute_s:.2f} s of computing",
         f"speed    {found.images_per_s:.1f} images/s in training",

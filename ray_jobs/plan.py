@@ -26,7 +26,8 @@ def main(arguments: list[str] | None = None) -> None:
         found = cost.estimate(settings, options.on, options.works or settings.collect.source.limit or 1000)
         print(cost.describe(found))
         if found.usd > settings.cluster.usd_total_max:
-            print(f"warning  that is above cluster.usd_total_max={settings.cluster.usd_total_max:g}: it would be cut off there")
+            end = "it would be cut off there" if options.on == "runpod" else "on GKE nothing cuts it off, so set a budget alert"
+            print(f"warning  that is above cluster.usd_total_max={settings.cluster.usd_total_max:g}: {end}")
         if not options.force:
             cost.check(found, settings)
     except cost.Refused as refused:

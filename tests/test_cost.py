@@ -35,6 +35,25 @@ def test_the_arithmetic_of_a_step() -> None:
     assert "measured" in found.rests_on[0]
 
 
+def test_on_gke_the_base_is_paid_always_and_collecting_takes_no_gpu() -> None:
+    found = cost.estimate(sd14("--cluster.max_cpu_workers=1"), "gke", 36_000)
+    always = 0.10 + 3 * 0.134
+    assert found.always_usd_per_hour == pytest.approx(always)
+    assert found.usd_per_hour == pytest.approx(always + 1.57)
+    assert found.collect_usd_per_hour == pytest.approx(always + 0.134)
+    others = sum(hours for stage, hours in found.hours.items() if stage != "collect")
+    assert found.usd == pytest.approx(found.hours["collect"] * (always + 0.134) + others * (always + 1.57))
+    assert "always   0.50 of that, idle or not, until `make gke-down`" in cost.describe(found)
+    assert "always" not in cost.describe(cost.estimate(SD14, "runpod", 1000))
+
+
+def test_tls_is_refused_where_it_would_not_be() -> None:
+    settings = sd14("--cluster.tls=true")
+    cost.estimate(settings, "gke", 1000)
+    with pytest.raises(cost.Refused, match=r"cluster.tls=true is for GKE"):
+        cost.estimate(settings, "runpod", 1000)
+
+
 def test_full_fine_tuning_over_slow_links_is_refused_with_the_arithmetic() -> None:
     settings = sd14("--train.workers=4")
     with pytest.raises(cost.Refused, match=r"2 x \(4 - 1\) / 4 x 3.44 GB = 5.16 GB.*413 s.*gpus_per_node=4.*lora_rank=8"):
@@ -89,4 +108,5 @@ def test_the_command() -> None:
     refused = plan("--on", "runpod", "--train.workers=4")
     assert (refused.returncode, "GB through a node's link" in refused.stderr) == (1, True)
     assert plan("--on", "runpod", "--train.workers=4", "--force").returncode == 0
-    assert "above cluster.usd_total_max=0.01" in plan("--cluster.usd_total_max=0.01").stdout
+    assert "above cluster.usd_total_max=0.01: it would be cut off there" in plan("--cluster.usd_total_max=0.01").stdout
+    assert "0.01: on GKE nothing cuts it off" in plan("--on", "gke", "--cluster.usd_total_max=0.01").stdout

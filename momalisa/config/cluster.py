@@ -18,6 +18,10 @@ class Gpu(Section):
     """RunPod's id of it, as in GET /v2/catalog/gpus."""
     gke: str
     """GKE's accelerator label, `cloud.google.com/gke-accelerator`."""
+    gke_machines: dict[int, str]
+    """Compute Engine's machine types, by how many of it they have."""
+    gke_quota: str
+    """The regional quota that spot nodes with it use, as `gcloud compute regions describe` lists it."""
     memory_gb: Positive
     runpod_usd_per_hour: Usd
     """List price on demand; the pod's own `cost` is what the provider counts."""
@@ -28,11 +32,20 @@ class Gpu(Section):
 
 
 RTX_4090 = Gpu(
-    runpod="NVIDIA GeForce RTX 4090", gke="nvidia-l4", memory_gb=24, runpod_usd_per_hour=0.69, gke_usd_per_hour=0.35, tflops=165
+    runpod="NVIDIA GeForce RTX 4090",
+    gke="nvidia-l4",
+    gke_machines={1: "g2-standard-12", 2: "g2-standard-24", 4: "g2-standard-48", 8: "g2-standard-96"},
+    gke_quota="PREEMPTIBLE_NVIDIA_L4_GPUS",
+    memory_gb=24,
+    runpod_usd_per_hour=0.69,
+    gke_usd_per_hour=0.35,
+    tflops=165,
 )
 A100 = Gpu(
     runpod="NVIDIA A100-SXM4-80GB",
     gke="nvidia-a100-80gb",
+    gke_machines={count: f"a2-ultragpu-{count}g" for count in (1, 2, 4, 8)},
+    gke_quota="PREEMPTIBLE_NVIDIA_A100_80GB_GPUS",
     memory_gb=80,
     runpod_usd_per_hour=1.49,
     gke_usd_per_hour=1.57,
@@ -41,6 +54,8 @@ A100 = Gpu(
 H100 = Gpu(
     runpod="NVIDIA H100 80GB HBM3",
     gke="nvidia-h100-80gb",
+    gke_machines={count: f"a3-highgpu-{count}g" for count in (1, 2, 4, 8)},
+    gke_quota="PREEMPTIBLE_NVIDIA_H100_GPUS",
     memory_gb=80,
     runpod_usd_per_hour=2.99,
     gke_usd_per_hour=3.0,
@@ -51,7 +66,7 @@ H100 = Gpu(
 class Cluster(Section):
     """A head and GPU workers. Prices and speeds are list figures of the day they were written: change them here."""
 
-    name: str = Field(default="momalisa", pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")
+    name: str = Field(default="momalisa", pattern=r"^[a-z]([a-z0-9-]{0,30}[a-z0-9])?$")
     image: str = "ghcr.io/YOUR-ORG/momalisa:0.1.0"
     gpus: tuple[Gpu, ...] = Field(default=(A100, H100), min_length=1)
     """In order of preference: without capacity for one the next is asked for."""
@@ -64,6 +79,8 @@ class Cluster(Section):
     memory_gb_per_node: Positive = 32
     min_workers: Annotated[int, Field(ge=0)] = 0
     max_workers: Positive = 4
+    max_cpu_workers: Positive = 2
+    """On GKE: machines without a GPU, which come where a stage asks for none (collecting)."""
     idle_minutes: Positive = 10
     disk_gb: Positive = 80
     usd_per_hour_max: Usd = 10.0
@@ -71,14 +88,13 @@ class Cluster(Section):
     usd_total_max: Usd = 100.0
     """At this sum the provider gives every pod back, the head last."""
     tls: bool = False
-    """Mutual TLS between the nodes of a GKE cluster (KubeRay and cert-manager); for others see SECURITY.md."""
+    """Mutual TLS between the nodes of a GKE cluster (KubeRay and cert-manager); RunPod is refused, see SECURITY.md."""
     start_timeout_s: Positive = 900
     """A pod that does not run by then is given back (an image that cannot be pulled looks like this)."""
     secrets: tuple[str, ...] = ("RUNPOD_API_KEY", "RAY_AUTH_TOKEN", "WANDB_API_KEY", "GOOGLE_CREDENTIALS_JSON")
     """Names of secrets that nodes get, from RunPod's secret store. Values are never in a file."""
     gcp_project: str = "YOUR-PROJECT"
     gcp_region: str = "us-central1"
-    gcp_bucket: str = "YOUR-BUCKET"
     link_mbit_per_s: Usd = 100.0
     """Between RunPod pods, as documented."""
     gke_link_mbit_per_s: Usd = 16_000.0

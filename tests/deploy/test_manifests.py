@@ -17,7 +17,7 @@ import yaml
 
 from deploy import kuberay
 from deploy.manifests import rendered
-from momalisa.config import from_file
+from momalisa.config import ConfigError, from_file
 from tests.deploy.namespaces import BIN
 
 HOME = Path(__file__).parents[2]
@@ -68,7 +68,7 @@ def test_the_files_are_what_the_settings_say() -> None:
     made = rendered(from_file(str(HOME / CONFIG)), CONFIG)
     for path, text in made.items():
         assert (HOME / path).read_text() == text, f"{path}: run `make manifests`"
-    assert {path for path in made if path.parts[0] == "deploy"} == {file.relative_to(HOME) for file in GKE.rglob("*.yaml")}
+    assert {path for path in made if path.parts[0] == "deploy"} == {file.relative_to(HOME) for file in GKE.rglob("*.*")}
 
 
 def test_a_changed_setting_changes_both_clouds() -> None:
@@ -79,6 +79,7 @@ def test_a_changed_setting_changes_both_clouds() -> None:
     changed = {str(path) for path in before if before[path] != after[path]}
     assert {
         "cluster.yaml",
+        "deploy/gke/cluster.env",
         "deploy/gke/base/raycluster.yaml",
         "deploy/gke/jobs/train.yaml",
         "deploy/gke/base/rayservice.yaml",
@@ -215,6 +216,70 @@ def test_jobs_run_what_the_image_holds_with_the_environment_that_submitted_ones_
         assert (HOME / found[2]).is_file()
         assert RuntimeEnv(**yaml.safe_load(job["spec"]["runtimeEnvYAML"]))["env_vars"] == carried["env_vars"]
         assert job["spec"]["shutdownAfterJobFinishes"] is True
+
+
+def test_a_job_can_be_created_again_and_again_within_kuberays_length_of_names() -> None:
+    longest = "m" * 32
+    made = rendered(from_file(str(HOME / CONFIG), [f"--cluster.name={longest}"]), CONFIG)
+    for stage in kuberay.STAGES:
+        metadata = yaml.safe_load(made[Path(f"deploy/gke/jobs/{stage}.yaml")])["metadata"]
+        assert "name" not in metadata
+        assert metadata["generateName"] == f"{longest}-{stage}-"
+        assert len(metadata["generateName"]) + 5 <= 47
+    with pytest.raises(ConfigError, match=r"cluster\.name"):
+        from_file(str(HOME / CONFIG), [f"--cluster.name={longest}m"])
+
+
+def test_tls_is_said_to_kuberay_only_where_it_is_on_and_never_to_runpod() -> None:
+    """KubeRay without the feature gate refuses a cluster that has the key at all."""
+    assert not any("tlsOptions" in spec for item in everything() if (spec := spec_of(item)))
+    made = rendered(from_file(str(HOME / CONFIG), ["--cluster.tls=true"]), CONFIG)
+    for name in ("base/raycluster", "base/rayservice", "jobs/train"):
+        spec = spec_of(yaml.safe_load(made[GKE.relative_to(HOME) / f"{name}.yaml"]))
+        assert spec is not None
+        assert spec["tlsOptions"] == {"enabled": True}
+    assert Path("cluster.yaml") not in made
+
+
+def test_budgets_are_of_the_kind_that_holds_for_pods_without_a_scale() -> None:
+    for budget in load(GKE / "base" / "disruption.yaml"):
+        assert set(budget["spec"]) == {"minAvailable", "selector"}, "a RayCluster has no scale subresource"
+        assert budget["spec"]["minAvailable"] == 1
+
+
+def test_shared_memory_is_left_to_kuberay_which_makes_it_as_large_as_the_memory() -> None:
+    for spec in (spec for item in everything() if (spec := spec_of(item))):
+        for group in groups(spec):
+            assert "volumeMounts" not in group["template"]["spec"]["containers"][0]
+            assert "volumes" not in group["template"]["spec"]
+
+
+def test_what_asks_for_no_gpu_has_machines_without_one() -> None:
+    for spec in (spec for item in everything() if (spec := spec_of(item))):
+        gpu, cpu = spec["workerGroupSpecs"]
+        asked, given = (group["template"]["spec"]["containers"][0]["resources"]["requests"] for group in (cpu, gpu))
+        assert ("nvidia.com/gpu" in given, "nvidia.com/gpu" in asked) == (True, False)
+        assert cpu["template"]["spec"]["nodeSelector"] == {"cloud.google.com/gke-nodepool": "cpu"}
+        assert (cpu["minReplicas"], cpu["maxReplicas"]) == (0, 2)
+
+
+def test_the_notice_fits_into_what_gke_gives() -> None:
+    (cluster,) = load(GKE / "base" / "raycluster.yaml")
+    template = cluster["spec"]["workerGroupSpecs"][0]["template"]["spec"]
+    command = template["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    within_s = int(command[command.index("--within-s") + 1])
+    assert within_s + 5 <= template["terminationGracePeriodSeconds"] <= 15
+
+
+def test_the_gateway_is_let_in_from_the_subnet_that_the_script_makes() -> None:
+    (ray,) = (item["spec"] for item in load(GKE / "base" / "networkpolicy.yaml") if item["metadata"]["name"] == "ray")
+    blocks = [source["ipBlock"]["cidr"] for rule in ray["ingress"] for source in rule["from"] if "ipBlock" in source]
+    assert f"PROXY_RANGE={blocks[0]}\n" in (GKE / "cluster.env").read_text()
+
+
+def test_gke_has_no_machine_with_three_gpus() -> None:
+    with pytest.raises(ValueError, match=r"cluster.gpus_per_node=3 of nvidia-a100-80gb; try one of 1, 2, 4, 8"):
+        rendered(from_file(str(HOME / CONFIG), ["--cluster.gpus_per_node=3"]), CONFIG)
 
 
 def test_ray_accepts_cluster_yaml() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.deploy.namespaces import HOME
+from tests.deploy.namespaces import BIN, HOME
 
 TEXT = (HOME / "docs" / "operations.md").read_text()
 RUN_BY = {  # the beginning of a command: the test that runs it, and what of it stands there
@@ -23,7 +24,7 @@ RUN_BY = {  # the beginning of a command: the test that runs it, and what of it 
     "ray status": ("test_ray_up.py", '"ray status"'),
     "python -m deploy.runpod ls": ("test_node_provider.py", 'command("ls")'),
     "python -m deploy.runpod gc": ("test_node_provider.py", 'command("gc"'),
-    "python -m deploy.drain": ("../integration/test_multinode.py", '"python -m deploy.drain'),
+    "python -m deploy.drain": ("../integration/test_multinode.py", "shlex.join(pre_stop())"),
     "pytest -m slow -s tests/integration/test_multinode.py": ("../integration/test_multinode.py", "pytest.mark.slow"),
     "openssl rand -hex 32": ("test_operations.py", '"rand", "-hex", "32"'),
     "make image-check": ("test_image.py", '"install.sh"'),
@@ -64,11 +65,25 @@ def test_a_token_is_made() -> None:
     assert re.fullmatch(r"[0-9a-f]{64}\n", made)
 
 
-def test_the_make_targets_are_there() -> None:
-    makefile = (HOME / "Makefile").read_text()
-    for target in set(re.findall(r"make ((?:[a-z-]+ ?)+)", "\n".join([*commands(), *commands_in_sentences()]))):
-        for name in target.split():
-            assert re.search(rf"^{name}:", makefile, re.MULTILINE), name
+MAKE_LINES = sorted({line.split("#")[0].replace("[cloud]", "").strip() for line in [*commands(), *commands_in_sentences()]
+                     if line.startswith("make ")})  # fmt: skip
+
+
+@pytest.mark.parametrize("line", MAKE_LINES)
+def test_a_make_line_comes_to_commands_that_exist(line: str) -> None:
+    made = subprocess.run([*line.split(), "-n", "-o", ".venv/.ready"], cwd=HOME, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    expanded = [shlex.split(command) for command in made.stdout.replace("\\\n", " ").splitlines()]
+    assert expanded
+    for program, *arguments in expanded:
+        if program == "bash":
+            assert (HOME / arguments[0]).is_file()
+        elif arguments[:1] == ["-m"]:
+            module = HOME / arguments[1].replace(".", "/")
+            assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file(), line
+        elif program != "uv":  # asks the package index
+            assert program.startswith(".venv/bin/")
+            assert (BIN / Path(program).name).is_file(), line
 
 
 def test_the_files_are_there() -> None:
