@@ -130,7 +130,7 @@ def watch(settings: Settings) -> dict[str, Any]:
             told = len(found)
             _, measured = Panel(settings, planned, found, lambda function, calls: _map(settings, function, calls)).losses()
             print(f"promote: {measured[-1].name} has a held-out loss of {measured[-1].loss:.5f}" if measured else "", flush=True)
-        if found and (found[-1].images_seen >= settings.train.images or found[-1].training.get("stopped")):
+        if runs.complete(settings, found):
             return run(settings)
         time.sleep(WATCH_S)
 

@@ -135,7 +135,8 @@ class Trainer:
 
         most = self.batches.most_shapes() + dynamo.recompile_limit
         dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, most)  # of all models in this process
-        return torch.compile(self.denoiser, dynamic=False, recompile_limit=most, isolate_recompiles=True)
+        made: Any = torch.compile  # whose overloads lack these two
+        return made(self.denoiser, dynamic=False, recompile_limit=most, isolate_recompiles=True)
 
     def _rehearse(self) -> None:
         """One exchange of gradients that are zero. DDP lays out its buckets anew after the first exchange of a process,

@@ -18,8 +18,8 @@ from momalisa import checkpoint as checkpoints
 from momalisa.checkpoint import Checkpoint
 from momalisa.config import Diffusion, Encode, Settings, Train, Wandb
 from momalisa.dataset import Dataset
-from momalisa.records import LATENTS
 from momalisa.latents import TextEncoder
+from momalisa.records import LATENTS
 from momalisa.tracking import Tracker
 from momalisa.training import cache as caches
 from momalisa.training import run as runs

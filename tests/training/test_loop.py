@@ -279,13 +279,11 @@ def test_more_than_eight_shapes_are_compiled(run: Run, monkeypatch: pytest.Monke
     from torch._dynamo.utils import counters
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    moments = [torch.randn(8, 4 * (1 + index % 2), 4 * (1 + index)).half() for index in range(11)]
+    moments = [torch.randn(8, 4, 4 * (1 + index)).half() for index in range(11)]
     wide = replace(run, cache=replace(run.cache, moments=moments))
     counters.clear()
-    trainer = Trainer(changed(wide, compile=True, batch=4, cell=1), Events())
-    trainer.train()
-    assert len(wide.cache.buckets()) == 11
-    assert counters["stats"]["unique_graphs"] >= 10
+    Trainer(changed(wide, compile=True, batch=2, cell=1, images=12), Events()).train()
+    assert counters["stats"]["unique_graphs"] >= 10  # twelve of eleven works, each of a shape of its own
 
 
 def test_another_seed_is_another_run_of_chance(run: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -237,7 +238,7 @@ def test_determinism_is_set_and_taken_back(tiny_base: Path, tmp_path: Path, monk
             monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", workspace)
         with determinism(False):
             assert state() == (False, True, workspace)
-        with pytest.raises(KeyError), determinism(True):
+        with contextlib.suppress(KeyError), determinism(True):
             assert state() == (True, False, ":4096:8")
             Trainer(run_of(tiny_base, tmp_path / str(workspace), images=8), Events()).train()  # it has what it needs
             raise KeyError
