@@ -2,6 +2,8 @@
 
 Either way the workers write a checkpoint of the step they are at and leave. After a stop the job ends, and the same
 command goes on from there; after a machine's notice Ray Train starts the workers on the machines that stay.
+
+And how a job learns that trying again is no use: what the same settings would meet each time ends it with a message.
 """
 
 from __future__ import annotations
@@ -10,10 +12,13 @@ import contextlib
 import os
 import signal
 import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
 POLL_S = 0.5
+AGREED_S = 20  # how long a worker that gives up waits for the others to do so too
 STOPPED = 128 + signal.SIGTERM
 
 
@@ -22,6 +27,7 @@ class Bell:
 
     def __init__(self) -> None:
         self._rung, self._left, self._at = False, "", 0
+        self._hopeless: dict[int, tuple[str, str]] = {}
 
     def ring(self) -> None:
         """What workers said that left before, because of a machine's notice, is no answer to this."""
@@ -35,6 +41,15 @@ class Bell:
 
     def left(self) -> str:
         return self._left
+
+    def give_up(self, rank: int, said: str, where: str) -> int:
+        """A worker has met what is the same each time; returns how many have."""
+        self._hopeless[rank] = said, where
+        return len(self._hopeless)
+
+    def hopeless(self) -> tuple[str, str] | None:
+        """What the first of them said, and its traceback."""
+        return next(iter(self._hopeless.values()), None)
 
     def at(self, images_seen: int) -> None:
         self._at = images_seen
@@ -64,7 +79,7 @@ def stoppable() -> Iterator[Any]:
         while not (said := ray.get(bell.left.remote())):
             if over.wait(POLL_S):
                 return
-        print(f"train: stopped, {said}; the same command goes on from there", flush=True)
+        print(f"train: stopped, {said}", flush=True)
         os._exit(STOPPED)
 
     thread = threading.Thread(target=watch, name="ending", daemon=True)
@@ -99,6 +114,21 @@ def begin(bell: Any, images_seen: int) -> None:
     if images_seen or again:
         cost = f"; {again} that were seen after them are trained again" if again else ""
         print(f"train: going on from {images_seen} images{cost}", flush=True)
+
+
+def give_up(bell: Any, rank: int, workers: int, error: Exception) -> bool:
+    """Tell the job what ends this worker. True: it ends all, so they can leave as if they were done, and none starts again.
+
+    False where the others go on and would wait for this one: it has to fail, so that Ray Train ends them too.
+    """
+    import ray
+
+    where, deadline = "".join(traceback.format_exception(error)), time.monotonic() + AGREED_S
+    while ray.get(bell.give_up.remote(rank, str(error), where)) < workers:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_S)
+    return True
 
 
 @contextlib.contextmanager

@@ -141,7 +141,7 @@ def watch(settings: Settings) -> dict[str, Any]:
             _, measured = Panel(settings, planned, found, lambda function, calls: _map(settings, function, calls)).losses()
             for one in measured[-1:]:
                 print(f"promote: {one.name} has a held-out loss of {one.loss:.5f}", flush=True)
-            if found[-1].images_seen >= settings.train.images or found[-1].training.get("stopped"):
+            if runs.complete(settings, found):
                 return run(settings)
             since = time.monotonic()
         time.sleep(WATCH_S)

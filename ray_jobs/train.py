@@ -30,14 +30,15 @@ def run(settings: Settings) -> dict[str, Any]:
     training, held_out = runs.count(settings, planned)
     before = read_all(store, planned.name)
     seen = before[-1].images_seen if before else 0
-    new = seen < settings.train.images and not (before and before[-1].training.get("stopped"))
+    new = not runs.complete(settings, before)
     if new:
         fit(settings, planned)
         before = read_all(store, planned.name)
         if runs.plan(settings).name != planned.name:
             print("train: the dataset has changed since this run began: it knew the works and captions of then; train again")
     else:
-        print(f"train: nothing new (run {planned.name} has seen its {seen} images)")
+        early = "; it stopped early, and goes on without train.early_stop_patience" if seen < settings.train.images else ""
+        print(f"train: nothing new (run {planned.name} has seen its {seen} images{early})")
     return {
         "stage": "train",
         "run": planned.name,
@@ -55,9 +56,11 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def fit(settings: Settings, planned: Plan) -> None:
-    """Run Ray Train's workers over the library's loop."""
+    """Run Ray Train's workers over the library's loop. Raises ValueError for what trying again would not mend."""
+    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
 
     from momalisa.storage import Store
     from ray_jobs._cluster import connect
@@ -80,36 +83,61 @@ def fit(settings: Settings, planned: Plan) -> None:
                 failure_config=FailureConfig(max_failures=chosen.max_failures),
             ),
         )
-        trainer.fit()
+        failure = None
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            failure = error
+        if hopeless := ray.get(bell.hopeless.remote()):
+            said, where = hopeless
+            raise ValueError(said) from RuntimeError(where)
+        if failure is not None:
+            raise failure
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """One DDP worker: the library's trainer, with Ray and W&B listening."""
+    """One DDP worker. What would be the same each time ends the job; what might not be is tried again."""
+    import ray.train
+
+    from momalisa.training.loop import Diverged
+    from ray_jobs._ending import give_up
+
+    bell, context = config["bell"], ray.train.get_context()
+    if ray.get(bell.hopeless.remote()):
+        return
+    try:
+        train(config["settings"], config["plan"], bell)
+    except (Diverged, ValueError) as error:
+        passing = isinstance(error, OSError)  # a storage that could not be reached
+        if passing or not give_up(bell, context.get_world_rank(), context.get_world_size(), error):
+            raise
+
+
+def train(settings: Settings, planned: Plan, bell: Any) -> None:
+    """The library's trainer in this worker, with Ray and W&B listening."""
     import ray.train
     import torch
 
     from momalisa.training import run as runs
     from momalisa.training.loop import Interrupted, Trainer
+    from momalisa.training.processes import determinism
     from momalisa.training.watch import watch
     from ray_jobs._ending import begin, following, listening
     from ray_jobs._metrics import exporter
 
-    settings: Settings = config["settings"]
-    bell = config["bell"]
     context = ray.train.get_context()
     torch.set_num_threads(settings.train.threads or max(1, int(settings.train.cpus_per_worker)))
     main = context.get_world_rank() == 0
-    watching = watch(settings, config["plan"], main, following(bell, exporter(config["plan"].name)))
-    with watching as events, listening(bell) as events.ending:
+    watching = watch(settings, planned, main, following(bell, exporter(planned.name)))
+    with determinism(settings.train.deterministic), watching as events, listening(bell) as events.ending:
         events.synchronise = ray.train.report
-        trainer = Trainer(runs.load(settings, config["plan"]), events, workers=context.get_world_size())
+        trainer = Trainer(runs.load(settings, planned), events, workers=context.get_world_size())
         if main:
             begin(bell, trainer.progress.images_seen)
         try:
             trainer.train()
         except Interrupted as interrupted:
-            if main:
-                ray.get(bell.leave.remote(str(interrupted)))
+            ray.get(bell.leave.remote(str(interrupted)))  # by each: the first that ends may take the others along
             raise
 
 

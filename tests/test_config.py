@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from momalisa.config import ConfigError, Settings, command_line, from_file
+from momalisa.config import ConfigError, Settings, Train, command_line, from_file
 
 HOME = Path(__file__).parents[1]
 CONFIGS = sorted((HOME / "configs").glob("*.yaml"))
@@ -117,6 +117,17 @@ yaml_values = st.recursive(
 
 
 @settings(max_examples=60, deadline=None)
+@given(batch=st.integers(1, 200), cell=st.none() | st.integers(1, 12), workers=st.integers(1, 40))
+def test_a_batch_that_cannot_be_is_answered_with_some_that_can(batch: int, cell: int | None, workers: int) -> None:
+    chosen: dict[str, Any] = {"batch": batch, "cell": cell, "workers": workers}
+    try:
+        Train(**chosen)
+    except ValidationError as error:
+        for one in error.errors()[0]["msg"].split("; try ")[1].split(" or "):
+            name, _, value = one.rpartition("=")
+            Train(**{**chosen, name or "batch": int(value)})
+
+
 @given(value=yaml_values)
 def test_any_yaml_is_settings_or_a_config_error(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
     path = written(tmp_path_factory.getbasetemp(), yaml.safe_dump(value, allow_unicode=True))

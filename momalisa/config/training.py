@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -54,6 +55,8 @@ class Train(Section):
     threads: Positive | None = None
     """Threads of each worker on a CPU (default: cpus_per_worker)."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    deterministic: bool = False
+    """Only algorithms that give the same bits each time, for bit-identical resumes on CUDA; slower there."""
     compile: bool = False
     """Compile the UNet, once for each shape of a batch: minutes at first, then faster steps."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
@@ -122,7 +125,15 @@ class Train(Section):
     @property
     def cell_size(self) -> int:
         """`cell`, or by default up to 4 that divide the batch into at least 4 cells."""
-        return self.cell or next((size for size in (4, 3, 2) if self.batch % size == 0 and self.batch >= 4 * size), 1)
+        return self._cell_of(self.batch)
+
+    def _cell_of(self, batch: int) -> int:
+        return self.cell or next((size for size in (4, 3, 2) if batch % size == 0 and batch >= 4 * size), 1)
+
+    def _cells_of(self, batch: int) -> int:
+        """How many whole cells a batch is; 0 where it is none."""
+        size = self._cell_of(batch)
+        return 0 if batch % size else batch // size
 
     @field_validator("lora_rank")
     @classmethod
@@ -147,12 +158,16 @@ class Train(Section):
     def _divides(self) -> Train:
         size = self.cell_size
         if self.batch % size:
-            near = sorted({max(self.batch // size, 1) * size, -(-self.batch // size) * size})
-            raise ValueError(f"batch={self.batch} is not a multiple of cell={size}; try {' or '.join(map(str, near))}")
+            near = {self.batch // size * size, -(-max(self.batch, self.workers * size) // size) * size}
+            valid = sorted(batch for batch in near if self._cells_of(batch) >= self.workers)
+            raise ValueError(f"batch={self.batch} is not a multiple of cell={size}; try {' or '.join(map(str, valid))}")
         if self.batch // size < self.workers:
+            shares = count(self.batch // self.workers + 1)
+            larger = next(batch for share in shares if self._cells_of(batch := share * self.workers) >= self.workers)
+            smaller = [cell for cell in range(1, size) if self.batch % cell == 0 and self.batch // cell >= self.workers]
             raise ValueError(
                 f"batch={self.batch} makes {self.batch // size} cells of {size}, fewer than workers={self.workers}; "
-                f"try batch={self.workers * size}" + (f" or cell={max(self.batch // self.workers, 1)}" if size > 1 else "")
+                f"try batch={larger}" + (f" or cell={smaller[-1]}" if smaller else "")
             )
         if self.min_workers and self.min_workers > self.workers:
             raise ValueError(f"min_workers={self.min_workers} is more than workers={self.workers}; try {self.workers}")

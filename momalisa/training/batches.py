@@ -124,6 +124,11 @@ class Batches:
             return [self._pass(list(cells[0].samples), 0.0)]
         return [self._pass(samples, 1.0) for samples in passes(mine, self.train.micro_batch)]
 
+    def most_shapes(self) -> int:
+        """How many shapes [B, C, H, W] a pass can have at most: each bucket's, with every number of samples."""
+        share = -(-(self.train.batch // self.train.cell_size) // self.workers) * self.train.cell_size
+        return len(self.cells.buckets) * min(self.train.micro_batch or share, share)
+
     def ids(self, images_seen: int) -> list[str]:
         """The works of the whole global batch that begins after so many images."""
         size = self.train.cell_size

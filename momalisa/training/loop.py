@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 
 from momalisa import attention
 from momalisa import checkpoint as checkpoints
@@ -24,7 +25,7 @@ from momalisa.checkpoint import Checkpoint
 from momalisa.config import Diffusion, Train
 from momalisa.diffusion import Schedule, loss_per_sample
 from momalisa.latents import Autoencoder, TextEncoder
-from momalisa.storage import Store
+from momalisa.storage import StorageError, Store
 from momalisa.training import optimizer as optimizers
 from momalisa.training import state as trainer_state
 from momalisa.training.batches import Batches, Pass, Texts
@@ -39,15 +40,15 @@ from momalisa.training.state import Progress
 from momalisa.training.writer import Snapshot, Writer
 
 LOG_EVERY = 10  # steps
-EXPLODED = 10.0  # times the median of the losses so far
+EXPLODED = 10.0  # times the median of the losses so far, or times 1, the loss of a model that predicts nothing
 
 
 class Diverged(FloatingPointError):
-    """The loss is no number, or has exploded; the message names the works that were in the batch."""
+    """The loss or a gradient is no number, or the loss has exploded; the message names the works that were in the batch."""
 
 
 class Interrupted(RuntimeError):
-    """Training was asked to end, and the checkpoint of this very step is written."""
+    """Training was asked to end; the message says whether the checkpoint of this very step is written."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,6 @@ class Trainer:
         if settings.gradient_compression == "bf16" and workers > 1:
             compress(self.denoiser)
         self.prior = Prior(denoiser, settings, dtype) if settings.prior_weight else None
-        self._forward = torch.compile(self.denoiser, dynamic=False) if settings.compile else self.denoiser
         if not settings.ema_offload:
             for average in (self.ema, *self.powers.values()):
                 average.to(self.device)
@@ -120,13 +120,23 @@ class Trainer:
             self.accelerator.process_index,
             self.accelerator.num_processes,
         )
+        self._forward = self._compiled() if settings.compile else self.denoiser
         self.writer = Writer(run.store, settings, events.checkpointed)
-        self.gradient_norm: torch.Tensor | float = 0.0
+        self.gradient_norm = torch.zeros((), device=self.device)
         peak = settings.peak_tflops or known_peak(self.device, settings.precision)
         self.meter = Meter(len(schedule), self.device, peak)
         self.flops = Flops(dict(denoiser.unet.config)) if peak else None
         if self.accelerator.num_processes > 1:
             self._rehearse()
+
+    def _compiled(self) -> Any:
+        """The UNet, compiled for each shape of a pass. By default PyTorch goes on uncompiled after eight of them."""
+        import torch._dynamo.config as dynamo
+
+        most = self.batches.most_shapes() + dynamo.recompile_limit
+        dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, most)  # of all models in this process
+        made: Any = torch.compile  # whose overloads lack these two
+        return made(self.denoiser, dynamic=False, recompile_limit=most, isolate_recompiles=True)
 
     def _rehearse(self) -> None:
         """One exchange of gradients that are zero. DDP lays out its buckets anew after the first exchange of a process,
@@ -137,18 +147,47 @@ class Trainer:
         self.optimizer.zero_grad()
 
     def _resume(self) -> Progress:
-        """Restore the newest checkpoint whose trainer state is whole; one that is not is passed over and said."""
+        """Restore the newest checkpoint whose trainer state is whole. The main process chooses it, so all go on from the same.
+
+        Raises OSError where another process cannot read that one.
+        """
+        with tempfile.TemporaryDirectory(prefix="momalisa-") as scratch:
+            folder = Path(scratch)
+            (chosen,) = broadcast_object_list([self._newest(folder) if self.accelerator.is_main_process else None])
+            if chosen is None:
+                return Progress()
+            if not self.accelerator.is_main_process:
+                self._fetch(chosen, folder)
+            progress = trainer_state.restore(folder, self.trained, self.ema, self._bare_optimizer, self.powers)
+        if progress.scaler and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(progress.scaler)
+        if self.run.train.early_stop_patience is None:
+            progress.stopped = False
+        return progress
+
+    def _newest(self, folder: Path) -> Checkpoint | None:
+        """The newest whole one, its state downloaded; one that is not is passed over and said."""
         for saved in reversed(checkpoints.read_all(self.run.store, self.run.name)):
             if not saved.state:
                 continue
-            with tempfile.TemporaryDirectory(prefix="momalisa-") as scratch:
-                try:
-                    folder = self.run.store.download(f"{saved.path}/state", saved.state, Path(scratch))
-                except (ValueError, FileNotFoundError) as error:
-                    print(f"train: {error}; going on from the checkpoint before", flush=True)
-                    continue
-                return trainer_state.restore(folder, self.trained, self.ema, self._bare_optimizer, self.powers)
-        return Progress()
+            try:
+                self.run.store.download(f"{saved.path}/state", saved.state, folder)
+                return saved
+            except StorageError:  # nothing is known of the checkpoint
+                raise
+            except (ValueError, FileNotFoundError) as error:
+                print(f"train: {error}; going on from the checkpoint before", flush=True)
+        return None
+
+    def _fetch(self, chosen: Checkpoint, folder: Path) -> None:
+        """Download the state of the main process's choice. Raises OSError."""
+        try:
+            self.run.store.download(f"{chosen.path}/state", chosen.state, folder)
+        except (ValueError, FileNotFoundError) as error:
+            raise OSError(
+                f"worker {self.accelerator.process_index} cannot read the checkpoint from which worker 0 goes on ({error}); "
+                f"is {self.run.store.root} the same place on every node?"
+            ) from error
 
     @property
     def _bare_optimizer(self) -> torch.optim.Optimizer:
@@ -156,13 +195,14 @@ class Trainer:
         return bare
 
     def train(self) -> Progress:
-        """Run to the end. Raises Diverged at a loss that is no number or has exploded; the last checkpoint stands."""
+        """Run to the end. Raises Diverged at a loss or a gradient that is no number, or a loss that has exploded; the last
+        checkpoint stands."""
         settings, progress = self.run.train, self.progress
-        recent: list[torch.Tensor] = []
+        recent: list[torch.Tensor] = []  # of each step: its loss, and the norm of its gradient
         self.meter.reset()
         try:
             while progress.images_seen < settings.images and not progress.stopped:
-                recent.append(self.step())
+                recent.append(torch.stack([self.step(), self.gradient_norm]))
                 ends = progress.images_seen >= settings.images
                 if progress.step % LOG_EVERY == 0 or ends or self._checkpoint_due():
                     loss = self._mean(recent)
@@ -197,45 +237,74 @@ class Trainer:
         return bool(self.accelerator.reduce(torch.tensor(float(asked), device=self.device), reduction="sum"))
 
     def _leave_if_asked(self) -> None:
-        """Where losses were just looked at, so that going on from here has the same history. Raises Interrupted on all."""
+        """Where losses were just looked at, so that going on from here has the same history. Raises Interrupted on all, and on
+        none before the checkpoint is written: who ends first may take the others along."""
         if self.events.ending is None:
             return
         asked = torch.tensor(float(self.events.ending()), device=self.device)
         if not float(self.accelerator.reduce(asked, reduction="sum")):
             return
+        failure = None
         if self.accelerator.is_main_process:
-            self.writer.submit(self.snapshot())
+            self._save()
             self.writer.settle()
-        raise Interrupted(f"{self.progress.images_seen} images seen")
+            failure, self.writer.failure = self.writer.failure, None  # said below
+        (lost,) = broadcast_object_list([failure and f"{type(failure).__name__}: {failure}"])
+        seen, there = f"{self.progress.images_seen} images seen", "the same command goes on from"
+        raise Interrupted(f"{seen}, but no checkpoint of them ({lost}); {there} the last" if lost else f"{seen}; {there} there")
 
-    def _mean(self, losses: list[torch.Tensor]) -> float:
-        """The mean over the group and the steps since the last. Raises Diverged, on all workers alike."""
-        steps = self.accelerator.reduce(torch.stack(losses), reduction="mean").tolist()
+    def _mean(self, recent: list[torch.Tensor]) -> float:
+        """The mean loss over the group and the steps since the last. `recent`: (loss, norm of the gradient) of each.
+
+        Raises Diverged, on all workers alike. In fp16 a gradient may overflow: its step is left out and the scale halved.
+        """
+        steps = self.accelerator.reduce(torch.stack(recent), reduction="mean").tolist()
         usual = statistics.median([loss for _, loss in self.progress.losses] or [math.inf])
-        for number, loss in enumerate(steps):
+        for number, (loss, norm) in enumerate(steps):
+            seen = self.progress.images_seen - (len(steps) - number) * self.run.train.batch
             if not math.isfinite(loss) or loss > EXPLODED * max(usual, 1.0):
-                settings = self.run.train
-                seen = self.progress.images_seen - (len(steps) - number) * settings.batch
-                raise Diverged(
-                    f"the loss is {loss:g} after {seen} images (usual: {usual:.4g}); the last checkpoint is whole. In the batch "
-                    f"were: {', '.join(self.batches.ids(seen))}. Look at these works, or try a lower train.learning_rate "
-                    f"(now {settings.learning_rate:g}) or train.precision=fp32 (now {settings.precision})"
-                )
-        return float(sum(steps) / len(steps))
+                raise self._diverged(f"the loss is {loss:g} after {seen} images (usual: {usual:.4g})", seen)
+            if not math.isfinite(norm) and self.run.train.precision != "fp16":
+                raise self._diverged(f"the norm of the gradient is {norm:g} after {seen} images (loss: {loss:.4g})", seen)
+        return float(sum(loss for loss, _ in steps) / len(steps))
+
+    def _diverged(self, what: str, seen: int) -> Diverged:
+        settings = self.run.train
+        return Diverged(
+            f"{what}; the last checkpoint is whole. In the batch were: {', '.join(self.batches.ids(seen))}. Look at these works, "
+            f"or try a lower train.learning_rate (now {settings.learning_rate:g}) or train.precision=fp32 (now "
+            f"{settings.precision})"
+        )
 
     def _milestones(self, ends: bool) -> None:
-        """After a step: pictures of the evaluation prompts and a checkpoint, where they are due."""
+        """After a step: a checkpoint and pictures of the evaluation prompts, where they are due."""
         settings, progress = self.run.train, self.progress
-        if self.accelerator.is_main_process and (progress.step % settings.evaluate_every_steps == 0 or ends):
-            with self.ema.applied():
-                self.events.pictures_due(progress.images_seen, self.bare.unet.eval(), self.text_encoder)
-            self.bare.unet.train()
-        if ends or self._checkpoint_due():
-            if self.accelerator.is_main_process:
-                self.writer.submit(self.snapshot())
-                if ends:
-                    self.writer.settle()
+        saves = ends or self._checkpoint_due()
+        if self.accelerator.is_main_process:
+            if saves:
+                self._save()
+            if progress.step % settings.evaluate_every_steps == 0 or ends:
+                self._show()
+            if ends:
+                self.writer.settle()
+        if saves:
             self.events.synchronise({"loss": progress.losses[-1][1], "images_seen": progress.images_seen})
+
+    def _save(self) -> None:
+        """Begin to write a checkpoint of this moment; the one before is written first, so that one copy is in memory."""
+        self.writer.settle()
+        self.writer.submit(self.snapshot())
+
+    def _show(self) -> None:
+        """Have pictures made; where that fails, the loss is these pictures and not the run."""
+        try:
+            with self.ema.applied():
+                self.events.pictures_due(self.progress.images_seen, self.bare.unet.eval(), self.text_encoder)
+        except Exception as error:  # a full disk, a full accelerator, whatever the shell shows them with
+            seen = self.progress.images_seen
+            print(f"train: no pictures after {seen} images ({type(error).__name__}: {error}); going on", flush=True)
+        finally:
+            self.bare.unet.train()
 
     def _checkpoint_due(self) -> bool:
         """Whether the last step crossed a multiple of `checkpoint_every_images`; its loss is looked at first."""
@@ -304,6 +373,7 @@ class Trainer:
         """This moment, copied: what becomes a checkpoint."""
         run, progress = self.run, self.progress
         progress.ema_updates = self.ema.updates
+        progress.scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
         state = trainer_state.tensors(self.trained, self.ema, self._bare_optimizer, self.powers)
         history = {"losses": list(progress.losses), "workers": list(progress.workers), "stopped": progress.stopped}
         checkpoint = Checkpoint(

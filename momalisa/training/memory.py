@@ -188,7 +188,8 @@ def table(settings: Settings) -> str:
     """What `python -m momalisa.training.memory` prints."""
     found = estimate(settings)
     lines = [f"{field.name:14} {getattr(found, field.name):6.2f} GiB" for field in dataclasses.fields(found)]
-    return "\n".join([*lines, f"{'peak':14} {found.peak:6.2f} GiB"])
+    exchanged = f"{'exchanged':14} {gradient_bytes(settings) / 1e6:6.1f} MB of gradients a step, where there are several workers"
+    return "\n".join([*lines, f"{'peak':14} {found.peak:6.2f} GiB", exchanged])
 
 
 def gradient_bytes(settings: Settings) -> int:

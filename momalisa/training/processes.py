@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +14,28 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from momalisa.config import Train
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+
+
+@contextmanager
+def determinism(wanted: bool) -> Iterator[None]:
+    """Inside, where it is wanted, operations give the same bits each time or raise RuntimeError. To be entered before CUDA's
+    first product, when cuBLAS reads its workspace (https://docs.pytorch.org/docs/stable/notes/randomness.html)."""
+    if not wanted:
+        yield
+        return
+    benchmark, workspace = torch.backends.cudnn.benchmark, os.environ.pop(CUBLAS, None)
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark, os.environ[CUBLAS] = False, ":4096:8"
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = benchmark
+        del os.environ[CUBLAS]
+        os.environ |= {CUBLAS: workspace} if workspace is not None else {}
 
 
 def accelerator(settings: Train, workers: int) -> Accelerator:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from momalisa.captioner import captioner_id
+from momalisa.checkpoint import Checkpoint
 from momalisa.config import Settings
 from momalisa.dataset import Dataset
 from momalisa.latents import encoder_id
@@ -42,6 +44,9 @@ SHELL_SETTINGS = {
 }
 
 
+LATER_SETTINGS = {"deterministic": False}  # part of a name only where they are not what runs before them had
+
+
 @dataclass(frozen=True)
 class Plan:
     """A run's name and the tables it is trained on; cheap to make, small to send."""
@@ -63,11 +68,21 @@ def plan(settings: Settings) -> Plan:
             f"{settings.dataset} holds no latents of encoder {encoder}: run the encode job first, with these settings: "
             "python -m ray_jobs.encode --config ... (another model, resolution, bucket or caption setting is another encoder)"
         )
-    decisive = settings.train.model_dump(exclude=SHELL_SETTINGS) | {"cell": settings.train.cell_size}
+    usual = {name for name, value in LATER_SETTINGS.items() if getattr(settings.train, name) == value}
+    decisive = settings.train.model_dump(exclude=SHELL_SETTINGS | usual) | {"cell": settings.train.cell_size}
     base = identity(settings.diffusion.model, settings.diffusion.revision)
     left_out = tuple(sorted(dataset.duplicates(version) & dataset.ids(tables)))
     works = (list(tables), left_out) if left_out else (list(tables),)
     return Plan(f"{settings.name}-{short_id(decisive, base, *works)}", encoder, tables, left_out)
+
+
+def complete(settings: Settings, found: Sequence[Checkpoint]) -> bool:
+    """Whether a run with these checkpoints has nothing left to do. One that stopped early has, once `train.early_stop_patience`
+    is taken away."""
+    if not found:
+        return False
+    stopped = found[-1].training.get("stopped", False) and settings.train.early_stop_patience is not None
+    return stopped or found[-1].images_seen >= settings.train.images
 
 
 def split(settings: Settings, planned: Plan) -> tuple[LatentCache, LatentCache]:

@@ -29,6 +29,7 @@ class Progress:
     losses: list[tuple[int, float]] = field(default_factory=list)  # (images seen, mean loss since the last entry)
     workers: list[tuple[int, int]] = field(default_factory=list)  # (images seen, workers from there on)
     stopped: bool = False  # early, because more training was not worth it
+    scaler: dict[str, float] | None = None  # in fp16: the loss's scale, and how long it has stood
 
 
 def tensors(

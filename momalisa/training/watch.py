@@ -78,7 +78,10 @@ class Gallery:
         self._engine: Engine | None = None
 
     def hang(self, images_seen: int, unet: torch.nn.Module, text_encoder: TextEncoder) -> None:
-        """Draw them with these models, always the same ones, which are not kept waiting by whoever looks on."""
+        """Draw them with these models, always the same ones, which are not kept waiting by whoever looks on.
+
+        Raises what the engine or the store does; the next time is not touched by it.
+        """
         if not self.prompts:
             return
         if self._engine is None:
@@ -90,22 +93,33 @@ class Gallery:
                 zero_terminal_snr=self.settings.train.zero_terminal_snr,
             )
         self._engine.forget_texts()  # the text encoder may be trained
-        pictures = self._engine.generate(self.requests)
+        try:
+            pictures = self._engine.generate(self.requests)
+        except Exception:
+            self._engine = None  # what was begun in it is given up
+            raise
         self.tracker.pictures(images_seen, self.prompts, [request.seed for request in self.requests], pictures)
         self.store.write_bytes(f"{self.folder}/{images_seen:09d}.png", _png(column(pictures)))
         self.store.write_bytes(f"{self.folder}/{SHEET}", _png(self.sheet()))
 
     def sheet(self) -> Image.Image:
         """All that was hung so far: a row for each prompt, a column for each time. An earlier run's columns are among them;
-        those of other prompts are left out."""
+        those of other prompts are left out, and files that are no pictures."""
         height, columns = self.settings.encode.resolution_px * len(self.prompts), []
         for path in self.store.list(self.folder):
             name = path.rsplit("/", 1)[-1].removesuffix(".png")
-            if name.isdigit():
-                with Image.open(io.BytesIO(self.store.read_bytes(path))) as picture:
-                    if picture.height == height:
-                        columns.append((f"{int(name):,}", picture.convert("RGB")))
+            if name.isdigit() and (picture := _read(self.store.read_bytes(path))) and picture.height == height:
+                columns.append((f"{int(name):,}", picture))
         return timeline(self.prompts, columns)
+
+
+def _read(data: bytes) -> Image.Image | None:
+    """An RGB picture, or None where a file is cut off or is something else."""
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            return picture.convert("RGB")
+    except (OSError, SyntaxError):  # PIL's word for a broken PNG
+        return None
 
 
 def _png(picture: Image.Image) -> bytes:

@@ -156,14 +156,15 @@ def test_nodes_go_and_come(tiny_base: Path, cluster: Any, tmp_path: Path, worker
     assert not failures, failures
     planned = runs.plan(settings)
     changing = read_all(Store(settings.root), planned.name)[-1]
-    sizes = {tuple(entry) for entry in changing.training["workers"]}
-    assert {count for _, count in sizes} == {fewer, workers}, sizes
+    sizes = changing.training["workers"]
+    assert [count for _, count in sizes] == [workers, fewer, workers], sizes
 
     os.environ.pop("RANK", None)
     alone = settings_of(arguments(tiny_base, tmp_path / "alone", **size))
     progress = Trainer(runs.load(alone, planned), Events(), 1).train()
     losses = changing.training["losses"]
     assert [images for images, _ in losses] == [images for images, _ in progress.losses]
+    # the same sums in another order: 1e-7 at first, which hundreds of steps at a high learning rate let grow
     assert [loss for _, loss in losses] == pytest.approx([loss for _, loss in progress.losses], rel=1e-3)
     undisturbed = read_all(Store(alone.root), planned.name)[-1]
     start = torch.nn.utils.parameters_to_vector(load_base_unet(settings.diffusion).parameters()).detach()

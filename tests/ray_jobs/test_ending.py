@@ -15,6 +15,14 @@ def test_what_is_trained_again_is_what_lies_beyond_the_checkpoint() -> None:
     assert bell.begin(1280) == 0  # after a notice
 
 
+def test_workers_give_up_one_by_one_and_the_first_one_s_reason_is_told() -> None:
+    bell = Bell()
+    assert bell.hopeless() is None
+    assert [bell.give_up(1, "no bitsandbytes", "line 1"), bell.give_up(1, "no bitsandbytes", "line 1")] == [1, 1]
+    assert bell.give_up(0, "too late", "line 2") == 2
+    assert bell.hopeless() == ("no bitsandbytes", "line 1")
+
+
 def test_workers_that_left_for_a_notice_have_not_answered_a_stop() -> None:
     bell = Bell()
     bell.leave("1120 images seen")

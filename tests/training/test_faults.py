@@ -12,16 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from momalisa import checkpoint as checkpoints
 from momalisa.checkpoint import Checkpoint
-from momalisa.config import Diffusion, Encode, Settings, Train
+from momalisa.config import Diffusion, Encode, Settings, Train, Wandb
 from momalisa.dataset import Dataset
+from momalisa.latents import TextEncoder
 from momalisa.records import LATENTS
+from momalisa.tracking import Tracker
 from momalisa.training import cache as caches
 from momalisa.training import run as runs
-from momalisa.training.loop import Events, Trainer
+from momalisa.training.loop import Events, Interrupted, Trainer
 from momalisa.training.run import Plan
+from momalisa.training.watch import Gallery
 from ray_jobs import train as jobs
 from tests.training.test_cache import row
 from tests.training.test_options import run_of
@@ -56,6 +60,55 @@ def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint(
     trainer.train()
     assert "a checkpoint could not be written" in capsys.readouterr().out
     assert [saved.images_seen for saved in checkpoints.read_all(run.store, run.name)] == [8, 24]
+
+
+def test_pictures_that_cannot_be_made_cost_no_checkpoint(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of(tiny_base, tmp_path, images=40, evaluate_every_steps=1)
+    encode, train = Encode(resolution_px=32), run.train.model_copy(update={"evaluation_steps": 1})
+    settings = Settings(root=str(tmp_path), diffusion=run.diffusion, encode=encode, train=train, wandb=Wandb(mode="disabled"))
+    gallery = Gallery(settings, Plan(run.name, "e", ()), Tracker(settings, run.name, "train"))
+
+    def due(images_seen: int, unet: torch.nn.Module, text_encoder: TextEncoder) -> None:
+        trainer.writer.settle()
+        assert checkpoints.read_all(run.store, run.name)[-1].images_seen == images_seen  # it does not wait for pictures
+        with full_disk(1000) if images_seen in (16, 40) else contextlib.nullcontext():
+            if images_seen == 24:
+                with torch.no_grad():
+                    next(unet.parameters()).fill_(torch.nan)
+            gallery.hang(images_seen, unet, text_encoder)
+
+    trainer = Trainer(run, Events(pictures_due=due))
+    trainer.train()
+    said = [line for line in capsys.readouterr().out.splitlines() if "no pictures after" in line]
+    assert [int(line.split()[4]) for line in said] == [16, 24, 40]
+    assert said[1].startswith("train: no pictures after 24 images (GenerationError: ")
+    assert trainer.bare.unet.training
+    assert [saved.images_seen for saved in checkpoints.read_all(run.store, run.name)] == [8, 16, 24, 32, 40]
+    assert [path.name for path in sorted(tmp_path.glob("reports/*/0*.png"))] == ["000000008.png", "000000032.png"]
+
+
+def test_a_disk_that_is_full_when_training_is_asked_to_end(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of(tiny_base, tmp_path, images=240, checkpoint_every_images=56)
+    trainer = Trainer(run, Events())
+    with contextlib.ExitStack() as stack:
+
+        def ending() -> bool:
+            if trainer.progress.images_seen == 80:
+                trainer.writer.settle()
+                stack.enter_context(full_disk(1000))
+            return trainer.progress.images_seen == 80
+
+        trainer.events.ending = ending
+        with pytest.raises(
+            Interrupted, match=r"^80 images seen, but no checkpoint of them \(.*; the same command goes on from the"
+        ):
+            trainer.train()
+    assert "a checkpoint could not be written" in capsys.readouterr().out
+    assert [saved.images_seen for saved in checkpoints.read_all(run.store, run.name)] == [56]
 
 
 def test_a_disk_that_stays_full_ends_the_run_and_the_last_good_checkpoint_stands(tiny_base: Path, tmp_path: Path) -> None:
@@ -114,7 +167,7 @@ def test_captions_that_change_under_a_run_are_another_run(
     [
         ("--encode.resolution_px=500", "resolution_px=500 is not a multiple of 8; try 504"),
         ("--encode.bucket_step_px=20", "bucket_step_px=20 is not a multiple of 8; try 24"),
-        ("--train.workers=9", "batch=32 makes 8 cells of 4, fewer than workers=9; try batch=36 or cell=3"),
+        ("--train.workers=9", "batch=32 makes 8 cells of 4, fewer than workers=9; try batch=36 or cell=2"),
         ("--train.cell=5", "batch=32 is not a multiple of cell=5; try 30 or 35"),
         ("--train.lora_rank=0", "train.lora_rank: adapters have a rank of at least 1; try 16"),
     ],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -11,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from momalisa import checkpoint as checkpoints
 from momalisa.checkpoint import Checkpoint, averages
 from momalisa.config import Diffusion, Train
 from momalisa.storage import Store
+from momalisa.training import loop
 from momalisa.training.batches import Pass
 from momalisa.training.cache import LatentCache
 from momalisa.training.loop import Diverged, Events, Run, Trainer
@@ -98,6 +102,25 @@ def test_what_is_heard_and_written(run: Run) -> None:
     assert any(not torch.equal(value, trainer.trained[name]) for name, value in unet.named_parameters())
 
 
+def scaled(settings: Train, workers: int) -> Accelerator:
+    """As in fp16 on a GPU: the loss is multiplied, by twice as much after every second step."""
+    found = accelerator(settings, workers)
+    found.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
+    return found
+
+
+def test_the_scale_of_the_loss_is_resumed(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "accelerator", scaled)
+    whole = Trainer(run, Events()).train()
+    assert whole.scaler is not None
+    assert (whole.scaler["scale"], whole.scaler["_growth_tracker"]) == (32.0, 0)  # after six steps
+    shutil.copytree(run.store.root, tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / run.name / "000000048")
+    resumed = Trainer(replace(run, store=Store(str(tmp_path / "again"))), Events())
+    assert resumed.accelerator.scaler.state_dict() == {**whole.scaler, "scale": 8.0, "_growth_tracker": 1}  # after three
+    assert resumed.train() == whole
+
+
 @pytest.mark.parametrize("options", [{}, {"lora_rank": 2}, {"power_ema": True}], ids=str)
 def test_interrupted_and_resumed_is_uninterrupted_bit_by_bit(run: Run, tmp_path: Path, options: dict[str, Any]) -> None:
     run = changed(run, **options)
@@ -176,6 +199,23 @@ def test_a_loss_that_is_no_number_ends_the_run_and_the_last_checkpoint_stands(ru
     assert Trainer(run, Events()).train().images_seen == 48
 
 
+@pytest.mark.parametrize("step", [16, 40], ids="after {} images".format)
+def test_a_gradient_that_is_no_number_ends_the_run_before_a_checkpoint_is_made(run: Run, step: int) -> None:
+    """The losses are all finite; the weights are not any more when the checkpoint of this step is due."""
+    trainer = Trainer(run, Events())
+    loss, weight = trainer.loss, next(iter(trainer.trained.values()))
+
+    def steep(part: Pass) -> torch.Tensor:
+        return loss(part) + ((weight.sum() * 0).sqrt() if trainer.progress.images_seen == step else 0)
+
+    trainer.loss = steep  # type: ignore[method-assign]
+    with pytest.raises(Diverged, match=rf"the norm of the gradient is nan after {step} images \(loss: \d.*lower train.learning_"):
+        trainer.train()
+    assert any(not value.isfinite().all() for value in trainer.trained.values())
+    assert [found.images_seen for found in checkpoints.read_all(run.store, run.name)] == ([24] if step == 40 else [])
+    assert Trainer(run, Events()).train().images_seen == 48
+
+
 def test_a_loss_that_explodes_ends_the_run_too(run: Run) -> None:
     """Ten times the usual, or ten where the usual is less: what comes before is an unlucky batch."""
     for factor, explodes in ((4.0, False), (1000.0, True)):
@@ -201,8 +241,9 @@ def test_accumulation_and_checkpointing_of_gradients_change_no_gradient(run: Run
     """Looked at where they are clipped: Adam hardly minds their scale, so losses alone would not tell."""
     found: list[list[torch.Tensor]] = []
 
-    def clip(parameters: Iterable[torch.nn.Parameter], limit: float) -> None:
+    def clip(parameters: Iterable[torch.nn.Parameter], limit: float) -> torch.Tensor:
         found.append([value.grad.clone() for value in parameters if value.grad is not None])
+        return torch.zeros(())
 
     losses = []
     for settings in ({}, {"micro_batch": 2}, {"gradient_checkpointing": True}):
@@ -229,6 +270,20 @@ def test_compiled_steps_have_the_losses_of_eager_ones(run: Run, tmp_path: Path) 
     assert counters["stats"]["unique_graphs"] == 1  # the whole UNet, once
     assert not counters["graph_break"]
     assert [loss for _, loss in compiled.losses] == pytest.approx([loss for _, loss in eager.losses], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_more_than_eight_shapes_are_compiled(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own limit is eight, beyond which it goes on uncompiled. What is traced is not made into C++ here."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    moments = [torch.randn(8, 4, 4 * (1 + index)).half() for index in range(11)]
+    wide = replace(run, cache=replace(run.cache, moments=moments))
+    counters.clear()
+    Trainer(changed(wide, compile=True, batch=2, cell=1, images=12), Events()).train()
+    assert counters["stats"]["unique_graphs"] >= 10  # twelve of eleven works, each of a shape of its own
 
 
 def test_another_seed_is_another_run_of_chance(run: Run) -> None:

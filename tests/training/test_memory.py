@@ -107,8 +107,10 @@ def test_an_early_stop_has_a_second_model_between_steps(tiny_base: Path) -> None
 def test_the_table_adds_up(tiny_base: Path) -> None:
     made = Settings(diffusion=Diffusion(model=str(tiny_base)), train=Train(workers=1))
     lines = memory.table(made).splitlines()
-    assert [line.split()[0] for line in lines][-1] == "peak"
-    assert float(lines[-1].split()[1]) == pytest.approx(memory.estimate(made).peak, abs=0.01)
+    assert [line.split()[0] for line in lines][-2:] == ["peak", "exchanged"]
+    peak, exchanged = (float(line.split()[1]) for line in lines[-2:])
+    assert peak == pytest.approx(memory.estimate(made).peak, abs=0.01)
+    assert exchanged == pytest.approx(memory.gradient_bytes(made) / 1e6, abs=0.1)
 
 
 def test_every_option_is_documented() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -17,8 +19,10 @@ from momalisa import checkpoint as checkpoints
 from momalisa.config import Diffusion, Train
 from momalisa.latents import TextEncoder
 from momalisa.storage import Store
+from momalisa.training import batches
 from momalisa.training.cache import LatentCache
 from momalisa.training.loop import Events, Run, Trainer
+from momalisa.training.processes import determinism
 
 TRAIN = Train(images=16, batch=8, workers=1, precision="fp32", learning_rate=1e-2, checkpoint_every_images=8)
 PROMPT = "three red circles"
@@ -182,7 +186,7 @@ def test_an_average_kept_elsewhere_is_the_same(tiny_base: Path, tmp_path: Path) 
 
 
 def test_a_run_stops_at_a_checkpoint_when_asked_and_stays_so(tiny_base: Path, tmp_path: Path) -> None:
-    run, asked = run_of(tiny_base, tmp_path, images=80), []
+    run, asked = run_of(tiny_base, tmp_path, images=80, early_stop_patience=2), []
 
     def stop(images_seen: int) -> bool:
         asked.append(images_seen)
@@ -193,6 +197,52 @@ def test_a_run_stops_at_a_checkpoint_when_asked_and_stays_so(tiny_base: Path, tm
     last = checkpoints.read_all(run.store, "o")[-1]
     assert (last.images_seen, last.training["stopped"]) == (24, True)
     assert Trainer(run, Events()).train().images_seen == 24
+    patient = replace(run, train=run.train.model_copy(update={"early_stop_patience": None}))
+    assert Trainer(patient, Events()).train().images_seen == 80  # it goes on without
+    assert not checkpoints.read_all(run.store, "o")[-1].training["stopped"]
+
+
+def test_each_text_is_embedded_once_and_where_there_is_no_room_in_the_step(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed, embedded, losses = TextEncoder.embed, [], []
+
+    def noted(self: TextEncoder, token_ids: torch.Tensor) -> torch.Tensor:
+        embedded.extend(map(tuple, token_ids.tolist()))
+        return embed(self, token_ids)
+
+    monkeypatch.setattr(TextEncoder, "embed", noted)
+    for place, room in enumerate((batches.MOST_EMBEDDINGS_BYTES, 0)):
+        monkeypatch.setattr(batches, "MOST_EMBEDDINGS_BYTES", room)
+        run = run_of(tiny_base, tmp_path / str(place), images=40, caption_dropout=0.5)
+        token_ids = run.cache.token_ids.clone()
+        token_ids[1::2] = token_ids[0]  # four works have the first one's caption
+        embedded.clear()
+        losses.append(Trainer(replace(run, cache=replace(run.cache, token_ids=token_ids)), Events()).train().losses)
+        assert len(set(embedded)) == 6  # five captions, and none
+        assert len(embedded) == (6 if room else 40)
+    assert [loss for _, loss in losses[1]] == pytest.approx([loss for _, loss in losses[0]], rel=1e-4)
+
+
+def test_determinism_is_set_and_taken_back(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def state() -> tuple[Any, ...]:
+        return (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.backends.cudnn.benchmark,
+            os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        )
+
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    for workspace in (None, ":16:8"):
+        if workspace:
+            monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", workspace)
+        with determinism(False):
+            assert state() == (False, True, workspace)
+        with contextlib.suppress(KeyError), determinism(True):
+            assert state() == (True, False, ":4096:8")
+            Trainer(run_of(tiny_base, tmp_path / str(workspace), images=8), Events()).train()  # it has what it needs
+            raise KeyError
+        assert state() == (False, True, workspace)
 
 
 def test_figures_of_a_run(tiny_base: Path, tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from momalisa import config
+from momalisa.checkpoint import Checkpoint
 from momalisa.config import Settings
 from momalisa.dataset import Dataset
 from momalisa.records import DUPLICATES, LATENTS
 from momalisa.training import run as runs
+from momalisa.weights import identity, short_id
 
 
 @pytest.fixture
@@ -53,6 +55,26 @@ def test_how_it_runs_does_not_name_it(settings: Settings, change: dict[str, Any]
 @pytest.mark.parametrize("change", [{"seed": 1}, {"images": 7}, {"batch": 8}, {"lora_rank": 2}, {"learning_rate": 1e-3}])
 def test_what_decides_its_result_names_it(settings: Settings, change: dict[str, Any]) -> None:
     assert runs.plan(trained(settings, **change)).name != runs.plan(settings).name
+
+
+def test_later_settings_name_a_run_only_where_they_are_used(settings: Settings) -> None:
+    """So that runs of before keep their names."""
+    planned, chosen = runs.plan(settings), settings.train
+    before = chosen.model_dump(exclude=runs.SHELL_SETTINGS | {"deterministic"}) | {"cell": chosen.cell_size}
+    assert planned.name == f"small-{short_id(before, identity(settings.diffusion.model), list(planned.tables))}"
+    assert runs.plan(trained(settings, deterministic=True)).name != planned.name
+
+
+def test_a_run_that_stopped_early_is_complete_while_it_may_stop(settings: Settings) -> None:
+    def found(images_seen: int, stopped: bool) -> list[Checkpoint]:
+        return [Checkpoint("checkpoints/x/1", "x", images_seen, {}, {}, training={"stopped": stopped})]
+
+    patient = trained(settings, early_stop_patience=3)
+    assert not runs.complete(settings, [])
+    assert not runs.complete(patient, found(1000, stopped=False))
+    assert runs.complete(patient, found(1000, stopped=True))
+    assert not runs.complete(settings, found(1000, stopped=True))
+    assert runs.complete(settings, found(settings.train.images, stopped=False))
 
 
 def test_more_works_are_another_run(settings: Settings) -> None:

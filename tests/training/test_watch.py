@@ -67,6 +67,10 @@ def test_the_sheet_has_a_row_for_each_prompt_and_grows_by_a_column(settings: Set
         for row in range(3):
             place = (GAP_PX + column * (128 + GAP_PX) + 64, row_top(row, 128) + LABEL_PX + 64)
             assert found.getpixel(place) == Image.new("RGB", (1, 1), colours[column][row]).getpixel((0, 0))
+    store, whole = Store(settings.root), Path(settings.root, "reports/run/000000016.png").read_bytes()
+    for number, broken in enumerate((b"", b"no picture", whole[: len(whole) // 2], whole[:60] + b"x" * 90)):
+        store.write_bytes(f"reports/run/{number:09d}.png", broken)
+    assert gallery.sheet().width == found.width  # they are passed over
     other = settings.model_copy(update={"train": settings.train.model_copy(update={"more_prompts": ()})})
     assert Gallery(other, PLAN, Tracker(other, "run", "train")).sheet().width < found.width  # other rows: another sheet
 

@@ -42,27 +42,52 @@ ADAPTERS = {"lora_rank": 2, "lora_text_encoder": True, "prior_weight": 1.0}
 
 # Imports what training needs, once; then each line of its input names a group, whose processes are forked.
 STARTER = """
-import json, os, pickle, sys
+import json, os, pickle, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import accelerate, diffusers.models.unets.unet_2d_condition, peft, transformers.models.clip.modeling_clip
-from momalisa.training.loop import Events, Trainer
+from momalisa.storage import Store
+from momalisa.training import loop
+from momalisa.training.loop import Events, Interrupted, Trainer
+from momalisa.training.writer import Writer
 
-def work(scratch, workers, rank, port):
+def asked(rank):  # the second process is asked to end; a checkpoint takes a second to be written
+    write = Writer._write
+    Writer._write = lambda *arguments: time.sleep(1) or write(*arguments)
+    return Events(ending=lambda: rank == 1)
+
+def behind(rank):  # the second process does not see the newest checkpoint yet
+    read_all = loop.checkpoints.read_all
+    if rank:
+        loop.checkpoints.read_all = lambda *arguments: read_all(*arguments)[:-1]
+    return Events()
+
+def elsewhere(rank):  # the second process has another disk
+    if rank:
+        Store.read_bytes = lambda store, path: open(store.root + "/elsewhere/" + path, "rb").read()
+    return Events()
+
+def work(scratch, workers, rank, port, part):
     os.environ |= {"WORLD_SIZE": str(workers), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo")
     run = pickle.loads((scratch / "run.pickle").read_bytes())
-    trainer = Trainer(run, Events(), workers=workers)
+    trainer = Trainer(run, globals()[part](rank) if part else Events(), workers=workers)
     at, seen = trainer.batches.at, {}
     def noted(images_seen):
         parts = at(images_seen)
         seen[images_seen] = [work for part in parts if part.weights.sum() > 0 for work in part.ids]
         return parts
     trainer.batches.at = noted
-    progress = trainer.train()
-    (scratch / f"{rank}.json").write_text(json.dumps([progress.losses, sorted(seen.items())]))
+    try:
+        progress = trainer.train()
+    except Interrupted as interrupted:
+        there = [saved.images_seen for saved in loop.checkpoints.read_all(run.store, run.name)]
+        told = [str(interrupted), there]
+    else:
+        told = [progress.losses, sorted(seen.items())]
+    (scratch / f"{rank}.json").write_text(json.dumps(told))
     torch.distributed.destroy_process_group()
     os._exit(0)  # before the trainer goes: the last owner of the group waits for a thread that waits for Python's lock
 
@@ -72,13 +97,14 @@ def forked(*arguments):
         return process
     try:
         work(*arguments)
-    except BaseException:
+    except BaseException as error:
+        (arguments[0] / f"{arguments[2]}.error").write_text(str(error))
         sys.excepthook(*sys.exc_info())
     os._exit(1)
 
 for line in sys.stdin:
-    scratch, workers, port = json.loads(line)
-    processes = [forked(Path(scratch), workers, rank, port) for rank in range(workers)]
+    scratch, workers, port, part = json.loads(line)
+    processes = [forked(Path(scratch), workers, rank, port, part) for rank in range(workers)]
     print(json.dumps([os.waitpid(process, 0)[1] for process in processes]), flush=True)
 """
 Losses = list[list[float]]
@@ -115,17 +141,9 @@ class Groups:
             start_new_session=True,
         )
 
-    def __call__(self, run: Run, workers: int, scratch: Path) -> tuple[Losses, dict[int, list[str]]]:
+    def __call__(self, run: Run, workers: int, scratch: Path, part: str = "") -> tuple[Losses, dict[int, list[str]]]:
         """Train a run with so many processes: its losses, and which works stood in each step."""
-        scratch.mkdir(parents=True, exist_ok=True)
-        (scratch / "run.pickle").write_bytes(pickle.dumps(changed(run, workers=workers)))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        assert self.starter.stdin is not None
-        assert self.starter.stdout is not None
-        print(json.dumps([str(scratch), workers, port]), file=self.starter.stdin, flush=True)
-        assert json.loads(self.starter.stdout.readline()) == [0] * workers
+        assert self.ends(run, workers, scratch, part) == [0] * workers
         told = [json.loads((scratch / f"{rank}.json").read_text()) for rank in range(workers)]
         assert all(losses == told[0][0] for losses, _ in told)  # reduced over the group
         works: dict[int, list[str]] = {}
@@ -133,6 +151,19 @@ class Groups:
             for images_seen, ids in seen:
                 works.setdefault(images_seen, []).extend(ids)
         return told[0][0], works
+
+    def ends(self, run: Run, workers: int, scratch: Path, part: str) -> list[int]:
+        """How each process ended. `part`: which of the starter's functions each begins with, to play it."""
+        scratch.mkdir(parents=True, exist_ok=True)
+        (scratch / "run.pickle").write_bytes(pickle.dumps(changed(run, workers=workers)))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        assert self.starter.stdin is not None
+        assert self.starter.stdout is not None
+        print(json.dumps([str(scratch), workers, port, part]), file=self.starter.stdin, flush=True)
+        found: list[int] = json.loads(self.starter.stdout.readline())
+        return found
 
     def close(self) -> None:
         """Ends the starter, and what it started if a test was given up."""
@@ -183,6 +214,30 @@ def test_a_group_goes_on_from_a_checkpoint_bit_by_bit(run: Run, group: Groups, t
     assert ends[0].images_seen == ends[1].images_seen == 48
     assert ends[0].state == ends[1].state  # sha256 of weights, EMA, optimizer and losses
     assert ends[0].files == ends[1].files
+
+
+def test_all_go_on_from_the_checkpoint_that_the_first_has_chosen(run: Run, group: Groups, tmp_path: Path) -> None:
+    """One sees the newest later than the others, as over a network; one does not reach the store at all."""
+    whole, _ = group(run, 2, tmp_path / "whole")
+    for part in ("behind", "elsewhere"):
+        place = tmp_path / part
+        shutil.copytree(run.store.root, place)
+        shutil.rmtree(place / "checkpoints" / run.name / "000000048")
+        again = replace(run, store=Store(str(place)))
+        if part == "behind":
+            losses, works = group(again, 2, tmp_path / f"{part}-group", part)
+            assert (losses, min(works)) == (whole, 24)
+        else:
+            assert 0 not in group.ends(again, 2, tmp_path / f"{part}-group", part)
+            said = (tmp_path / f"{part}-group" / "1.error").read_text()
+            assert said.startswith("worker 1 cannot read the checkpoint from which worker 0 goes on (")
+
+
+def test_nobody_leaves_before_the_checkpoint_is_written(run: Run, group: Groups, tmp_path: Path) -> None:
+    long = changed(run, images=400, checkpoint_every_images=400)
+    assert group.ends(long, 2, tmp_path / "group", "asked") == [0, 0]
+    told = [json.loads((tmp_path / "group" / f"{rank}.json").read_text()) for rank in range(2)]
+    assert told == [["80 images seen; the same command goes on from there", [80]]] * 2
 
 
 def test_gradients_in_sixteen_bits_train_nearly_the_same(run: Run, group: Groups, tmp_path: Path) -> None:
