@@ -96,10 +96,10 @@ def test_too_many_bad_pictures_publish_nothing(
 
 @pytest.mark.integration
 @pytest.mark.usefixtures("ray_cluster")
-def test_what_failed_for_a_while_is_captioned_by_the_same_command(
+def test_what_failed_for_a_while_is_captioned_by_the_same_command_and_a_resumed_one_counts_only_its_own(
     settings: Settings, collection: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A captioner that says nothing fails every work; as soon as it speaks, nothing of that is left, also not in the figures."""
+    """A captioner that says nothing fails every work; as soon as it speaks, nothing of that is left."""
     real = caption.load
 
     def mute(settings: Settings, device: str) -> Model:
@@ -114,32 +114,22 @@ def test_what_failed_for_a_while_is_captioned_by_the_same_command(
 
         return Mute()
 
-    with monkeypatch.context() as patched:
-        patched.setattr(caption, "load", mute)
-        for _ in range(2):
-            with pytest.raises(ValueError, match=r"8 of 8 works failed.*w00: it says nothing"):
-                caption.run(settings)
-    capsys.readouterr()
-    summary = caption.run(settings)
-    assert (summary["new"], summary["rows_out"], summary["rejected"]) == (8, 7, 1)
-    assert "going on" not in capsys.readouterr().out
-
-
-@pytest.mark.integration
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_resumed_run_counts_what_it_did_itself(
-    settings: Settings, collection: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
     def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
+        patched.setattr(caption, "load", mute)
+        with pytest.raises(ValueError, match=r"8 of 8 works failed.*nothing was published. w\d\d: "):
+            caption.run(settings)
+    with monkeypatch.context() as patched:
         patched.setattr(Dataset, "add", killed)
         with pytest.raises(KeyboardInterrupt):
             caption.run(settings)
+    assert "going on" not in capsys.readouterr().out
     summary = caption.run(settings)
     assert "caption: going on after 8 works of a run that was interrupted" in capsys.readouterr().out
-    assert (summary["new"], summary["rows_per_s"], summary["pictures_per_s"]["one_actor"]) == (8, 0, 0)
+    assert (summary["new"], summary["rows_out"], summary["rejected"]) == (8, 7, 1)
+    assert (summary["rows_per_s"], summary["pictures_per_s"]["one_actor"]) == (0, 0)  # all was done by the killed run
     assert collection.latest().captions
 
 
