@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from momalisa.collect.sources.text import legible
 from momalisa.records import REJECTED, Artwork, Reason
 
@@ -13,5 +15,5 @@ def listed(id: str, image_url: str, problem: str = "", **facts: str) -> Artwork:
     address, reason = legible(image_url), Reason.NO_PICTURE if problem else ""
     if address != image_url and not problem:
         problem, reason = f"its address is not UTF-8: {address}; rename it", Reason.REFUSED
-    told = {name: legible(text) for name, text in facts.items()}
+    told: dict[str, Any] = {name: legible(text) for name, text in facts.items()}
     return Artwork(legible(id), REJECTED if problem else "", legible(problem), reason, image_url=address, **told)
