@@ -37,7 +37,7 @@ class Draft:
     def entries(self) -> list[Entry]:
         """What was stored so far, in order of the tables' paths."""
         found = [self.store.read_json(path) for path in self.store.list(self.folder)]
-        return sorted(Entry(value["table"], tuple(value["replaced"]), tuple(value["kept"])) for value in found)
+        return sorted(Entry(value["table"], tuple(value["replaced"]), tuple(value.get("kept", ()))) for value in found)
 
     def drop(self, tables: Iterable[str]) -> None:
         """Forget these tables: what they hold is made again."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -17,12 +18,14 @@ from aiohttp import web
 from PIL import Image
 
 from momalisa import progress
+from momalisa.collect import block
 from momalisa.collect.sources import open_source
 from momalisa.config import Collect, Settings, Source
 from momalisa.dataset import Dataset
 from momalisa.miniature import wing
 from momalisa.records import CAPTIONS, OK
 from ray_jobs import collect
+from ray_jobs._job import job
 
 HOME = Path(__file__).parents[2]
 integration = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
@@ -183,6 +186,35 @@ class TestOnRay:
         assert "collect: going on after 8 works of a run that was interrupted" in capsys.readouterr().out
         assert (summary["new"], summary["rows_out"], summary["rows_per_s"]) == (8, 7, 0)
         assert summary["reasons"] == {"not_a_picture": 1}
+
+    def test_a_full_disk_publishes_nothing_and_the_next_run_goes_on(
+        self, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As full as the kernel says it is to the process that stores the second block."""
+        settings, real, stored = (
+            settings_for(tmp_path / "root", folder, tasks=1),
+            block.store_block,
+            tmp_path / "root" / "dataset",
+        )
+
+        def limited(*arguments: Any) -> Any:
+            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            if (stored / "images").exists():
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+            try:
+                return real(*arguments)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(block, "store_block", limited)
+            patched.setattr(sys, "argv", ["collect", "--config", str(HOME / "configs" / "demo.yaml")])
+            with pytest.raises(SystemExit, match=r"^collect: .*parquet.* bytes to write, .* Nothing was published; .* run again"):
+                job("", "collect", lambda _: collect.run(settings), collect.said)
+        assert Dataset(settings.dataset).latest().images == ()
+        assert not list(stored.rglob("*.partial"))
+        summary = collect.run(settings)
+        assert (summary["new"], summary["rows_out"]) == (8, 7)
 
     @pytest.mark.parametrize(("per_host", "tasks"), [(1, 2), (3, 2)])
     def test_connections_to_a_host_are_few_over_all_tasks(self, tmp_path: Path, per_host: int, tasks: int) -> None:
