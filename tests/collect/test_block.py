@@ -147,12 +147,17 @@ def test_a_correction_is_taken_whatever_the_host_answers(root: str, museum: Muse
     assert again.replaced == again.kept == {name}
 
 
-def test_of_a_picture_that_cannot_be_had_at_its_new_address_the_old_address_stays(root: str, museum: Museum, base: str) -> None:
+@pytest.mark.parametrize("there", [b"", b"<html>soon</html>"], ids=["nothing", "a page"])
+def test_of_a_picture_that_is_not_at_its_new_address_the_old_address_stays(
+    root: str, museum: Museum, base: str, there: bytes
+) -> None:
     """Its validators belong there."""
     first = stored(root, listed(base, "a"))
-    moved = replace(listed(base, "a")[0], title="Moved", image_url=f"{base}/nowhere")
+    museum.pictures["moved"] = ('"page"', there)
+    moved = replace(listed(base, "a")[0], title="Moved", image_url=f"{base}/moved")
     again = stored(root, [moved], first.path)
-    assert next(Dataset(root).rows([again.path]))["image_url"] == f"{base}/a"
+    row = next(Dataset(root).rows([again.path]))
+    assert (row["title"], row["image_url"]) == ("Moved", f"{base}/a")
     assert validators.read(Dataset(root).store, again.path) == {"a": Validators('"a1"')}
 
 
