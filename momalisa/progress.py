@@ -31,8 +31,8 @@ class Progress:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`total`: None where nobody knows it yet; `done`: what an earlier run had done already; `rejected`: what those that
-        failed are called, empty where nothing can fail."""
+        """`total`: None where nobody knows it yet; it may be set later; `done`: what an earlier run had done already;
+        `rejected`: what those that failed are called, empty where nothing can fail."""
         self.stage, self.total, self.done, self.unit = stage, total, done, unit
         self.bad, self._bad_name, self.note = 0, rejected, ""
         self._before, self._clock = done, clock
@@ -58,7 +58,7 @@ class Progress:
         """Say how many are done by now, the rejected among them, how many of these are rejected, and what else there is."""
         self.done, self.bad, self.note = done, rejected, note
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, text=self.text())
+            self._bar.update(self._task, completed=done, total=self.total, text=self.text())
         elif self._clock() - self._printed >= EVERY_S:
             self._say()
 

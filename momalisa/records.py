@@ -65,6 +65,8 @@ class Artwork:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
+DETAILS = ("title", "artist", "medium")  # of a work: what its fused caption names
+
 ARROW = {"bytes": pa.binary(), "builtins.bytes": pa.binary(), "str": pa.string(), "int": pa.int32()}
 
 IMAGES = pa.schema([pa.field(field.name, ARROW[str(field.type)], nullable=False) for field in fields(Artwork)])

@@ -234,7 +234,13 @@ class Store:
                 names = [name for name in parquet.schema_arrow.names if name not in BLOBS] if columns is None else columns
                 return parquet.read(columns=names)
 
-        return self._ask(read)
+        try:
+            return self._ask(read)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{self.url(path)} does not exist, though a version names it; where another root has it, "
+                f"`python -m momalisa.dataset checkout --manifest FILE --from ROOT` brings it back"
+            ) from error
 
     def count_rows(self, paths: Iterable[str]) -> dict[str, int]:
         """{path: rows} of tables, by their footers."""

@@ -19,7 +19,7 @@ def job(
     said: Callable[[dict[str, Any]], str],
     arguments: list[str] | None = None,
 ) -> None:
-    """Run a job as a program: what `run` returned, said in one line; a ValueError's message alone, with exit status 1.
+    """Run a job as a program: what `run` returned, said in one line; of a user's error the message alone, with exit status 1.
 
     `arguments`: what is left of the command line where the job has options of its own.
     $MOMALISA_TRACEBACK=1 shows where an error came from.
@@ -27,7 +27,7 @@ def job(
     settings = command_line(doc, f"ray_jobs.{name}", arguments)
     try:
         summary = run(settings)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         if os.environ.get(TRACEBACK):
             raise
         cause = getattr(error, "cause", error)  # Ray raises a task's error with its whole traceback as the message

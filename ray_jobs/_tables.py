@@ -93,28 +93,44 @@ def fill(settings: Settings, family: Family, done_paths: tuple[str, ...], texts:
         done.add(row["id"])
         counts.ok += row["status"] == OK
         counts.bad += row["status"] != OK
+    there = counts.all
     if paths:
-        print(f"{family.stage}: going on after {counts.all - before} works of a run that was interrupted", flush=True)
+        print(f"{family.stage}: going on after {there - before} works of a run that was interrupted", flush=True)
     tables, total = open_parts(dataset, version.images, done, texts, exclude)
     parts = [part for table in tables for part in families.split(table)]
     if parts:
         connect()
         paths += _stream(settings, family, parts, counts, total, draft)
-    new, seconds = counts.all - before, time.monotonic() - began
+    if paths and counts.bad > family.settings.max_bad_fraction * counts.all:
+        raise ValueError(_too_bad(family, dataset, draft, [*paths, *done_paths], counts))
+    made, seconds = counts.all - there, time.monotonic() - began
     return {
         "stage": family.stage,
         "rows_in": total,
         "rows_out": counts.ok,
         "rejected": counts.bad,
-        "new": new,
+        "new": counts.all - before,
         "skipped": before,
         "duplicates": len(exclude),
         "seconds": seconds,
-        "rows_per_s": rate(new, seconds),
-        "pictures_per_s": {"one_decoder": rate(new, counts.decode_s), "one_actor": rate(new, counts.model_s)},
+        "rows_per_s": rate(made, seconds),
+        "pictures_per_s": {"one_decoder": rate(made, counts.decode_s), "one_actor": rate(made, counts.model_s)},
         "paths": paths,
         "draft": draft,
     }
+
+
+def _too_bad(family: Family, dataset: Dataset, draft: Draft, paths: Iterable[str], counts: Counts) -> str:
+    """What to say above `max_bad_fraction`. The draft forgets the tables that hold a failed work, so they are made again."""
+    tables = dataset.small_tables(paths, ["id", "status", "error"])
+    failed = [(path, row) for path, table in tables for row in table.to_pylist() if row["status"] != OK]
+    draft.drop({path for path, _ in failed})
+    errors = "; ".join(f"{row['id']}: {row['error']}" for _, row in failed[:3])
+    return (
+        f"{family.stage}: {counts.bad} of {counts.all} works failed, more than "
+        f"max_bad_fraction={family.settings.max_bad_fraction:g}; nothing was published. {errors}. "
+        f"Running again tries them once more"
+    )
 
 
 def rate(count: int, seconds: float) -> float:
@@ -155,21 +171,15 @@ def _stream(
         .map(model, fn_constructor_args=(family,), compute=ActorPoolStrategy(size=min(chosen.actors, len(parts))), **actor)
         .map(partial(_write, store=store, folder=family.folder, draft=draft), **transfer)
     )
-    paths, errors = [], []
+    paths = []
     with Progress(family.stage, total, done=counts.all, rejected="failed") as bar:
         for row in stream.iter_rows():
             paths.append(row["path"])
-            errors += json.loads(row["errors"])
             counts.ok += row["ok"]
             counts.bad += row["bad"]
             counts.decode_s += row["decode_s"]
             counts.model_s += row["model_s"]
             bar.update(counts.all, counts.bad)
-    if counts.bad > chosen.max_bad_fraction * counts.all:
-        raise ValueError(
-            f"{family.stage}: {counts.bad} of {counts.all} works failed, more than max_bad_fraction={chosen.max_bad_fraction:g}; "
-            f"nothing was published. {'; '.join(errors[:3])}"
-        )
     return paths
 
 

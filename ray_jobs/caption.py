@@ -19,15 +19,13 @@ from ray_jobs._job import job, pace
 if TYPE_CHECKING:
     from momalisa.square import Square
 
-DETAILS = ("title", "artist", "medium")
-
 
 def run(settings: Settings) -> dict[str, Any]:
     """Fill the family of captions, publish, and return the stage's summary."""
     from momalisa.captioner import captioner_id
     from momalisa.dataset import Dataset
     from momalisa.family import Family
-    from momalisa.records import CAPTIONS
+    from momalisa.records import CAPTIONS, DETAILS
     from ray_jobs._tables import fill
 
     dataset, family_id = Dataset(settings.dataset), captioner_id(settings)
@@ -67,7 +65,7 @@ def load(settings: Settings, device: str) -> Any:
     from momalisa.captioner.fused import details, fuse
     from momalisa.family import ERROR, Model, Pixels, Work
     from momalisa.latents import load_tokenizer
-    from momalisa.records import OK
+    from momalisa.records import DETAILS, OK
 
     chosen, tokenizer = settings.caption, load_tokenizer(settings.diffusion)
     captioner = Captioner.load(chosen, device)

@@ -2,7 +2,7 @@
 
     python -m ray_jobs.collect --config configs/demo.yaml [--collect.source.limit=50 ...]
     python -m ray_jobs.collect --config configs/demo.yaml --retry-failed    # ask again for the works that were rejected
-    python -m ray_jobs.collect --config configs/demo.yaml --refresh         # ask again for all: what has changed is replaced
+    python -m ray_jobs.collect --config configs/demo.yaml --refresh         # ask again for usable ones, replace what has changed
     ray job submit --runtime-env runtime_env.yaml -- python -m ray_jobs.collect --config configs/sd14.yaml
 
 The demo's museum opens with `python -m momalisa.miniature.wing`. Run the job again when the museum has hung new works:
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ class Tally:
     works: int = 0
     ok: int = 0
     new: int = 0
+    resumed: int = 0  # of the works, those that a run before this one has stored
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
 
@@ -39,12 +40,19 @@ class Tally:
         self.reasons.update(stored.figures.reasons)
         self.examples = {**stored.figures.examples, **self.examples}
 
-    def resume(self, stored: Mapping[str, Any]) -> None:
-        """Count what a killed run has stored."""
-        if stored:
-            self.works = self.new = len(stored)
-            self.ok = sum(place.ok for place in stored.values())
-            print(f"collect: going on after {len(stored)} works of a run that was interrupted", flush=True)
+    def resume(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Count what a killed run has stored. `rows`: status, reason and error."""
+        from momalisa.records import OK
+
+        for row in rows:
+            self.works += 1
+            self.ok += row["status"] == OK
+            if row["status"] != OK:
+                self.reasons[row["reason"]] += 1
+                self.examples.setdefault(row["reason"], row["error"])
+        self.new = self.resumed = self.works
+        if self.resumed:
+            print(f"collect: going on after {self.resumed} works of a run that was interrupted", flush=True)
 
     def judge(self, chosen: Collect) -> None:
         """Raises ValueError above max_bad_fraction. Works asked for again were bad before: they are not judged."""
@@ -54,7 +62,7 @@ class Tally:
             reasons = "; ".join(f"{count} x {reason} ({self.examples[reason]})" for reason, count in common)
             raise ValueError(
                 f"collect: {bad} of {self.works} works were rejected, more than max_bad_fraction={chosen.max_bad_fraction:g}; "
-                f"nothing was published. The most common reasons: {reasons}"
+                f"nothing was published. The most common reasons: {reasons}. Running again asks for them once more"
             )
 
 
@@ -71,18 +79,26 @@ def run(settings: Settings) -> dict[str, Any]:
     began_at = dataset.latest()
     known, draft = dataset.places(began_at.images), Draft(dataset.store, "collect", short_id(began_at.sha256, decisive(chosen)))
     done = draft.entries()
-    stored_before = dataset.places([entry.table for entry in done])
-    source, plan, tally = open_source(chosen, dataset.store), Plan(known, chosen, stored_before), Tally()
-    tally.resume(stored_before)
+    drafted = [entry.table for entry in done]
+    plan, tally = Plan(known, chosen, dataset.places(drafted)), Tally()
+    source = open_source(chosen, dataset.store, plan.counts)
+    tables = dataset.small_tables(drafted, ["status", "reason", "error"])
+    tally.resume(row for _, table in tables for row in table.to_pylist())
     with Progress("collect", None, done=tally.works) as bar:
         for stored in _blocks(settings, plan.blocks(source.works()), known):
             tally.add(stored)
             _remember(dataset, draft, done, stored)
+            bar.total = None if source.expected is None else max(source.expected, tally.works)
             bar.update(tally.works, tally.works - tally.ok)
     if not plan.listed and not known:
         left_out = ", ".join(f"{count} are {why}" for why, count in source.left_out.items()) or "it is empty"
         raise ValueError(f"{chosen.source.location} lists no work to collect ({left_out})")
-    tally.judge(chosen)
+    try:
+        tally.judge(chosen)
+    except ValueError:  # the next run asks again for the works of every block that holds a rejected one
+        places = dataset.places(entry.table for entry in done)
+        draft.drop({place.table for place in places.values() if not place.ok})
+        raise
     version = _publish(dataset, began_at, done, chosen)
     draft.clear()
     ok = plan.passed_by_ok + tally.ok
@@ -100,7 +116,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "not_on_view": source.left_out["not on view"],
         "reasons": dict(tally.reasons),
         "seconds": seconds,
-        "rows_per_s": tally.works / seconds,
+        "rows_per_s": (tally.works - tally.resumed) / seconds,
     }
 
 
@@ -135,8 +151,12 @@ def _blocks(settings: Settings, blocks: Iterator[list[Any]], known: Any) -> Iter
 
 
 def decisive(chosen: Collect) -> dict[str, Any]:
-    """The settings that decide what a block's table holds."""
-    return chosen.model_dump(mode="json", exclude={"tasks", "per_host", "max_bad_fraction", "timeout_s", "attempts"})
+    """The settings that decide what a block's table holds: how fast hosts are asked is not among them, nor how we sign."""
+    from momalisa.collect.robots import product
+
+    manners = {"tasks", "per_host", "requests_per_second", "timeout_s", "attempts", "user_agent"}
+    settings = chosen.model_dump(mode="json", exclude={*manners, "max_bad_fraction", "duplicates"})
+    return {**settings, "robots_name": product(chosen.user_agent)}
 
 
 def _remember(dataset: Any, draft: Any, done: list[Any], stored: Any) -> None:
@@ -146,7 +166,7 @@ def _remember(dataset: Any, draft: Any, done: list[Any], stored: Any) -> None:
     for table, said in stored.said_again.items():
         validators.add(dataset.store, table, said)
     if stored.path:
-        done.append(Entry(stored.path, tuple(stored.replaced)))
+        done.append(Entry(stored.path, tuple(stored.replaced), tuple(stored.kept)))
         draft.add(done[-1])
 
 
@@ -157,8 +177,9 @@ def _publish(dataset: Any, began_at: Any, done: list[Any], chosen: Collect) -> A
     from momalisa.storage import side_by_side
 
     replaced = {id for entry in done for id in entry.replaced}
+    kept = {id for entry in done for id in entry.kept}
     tables = [entry.table for entry in done]
-    version, copies = dataset.without_works(began_at, replaced)
+    version, copies = dataset.without_works(began_at, replaced, kept)
     for _ in side_by_side(lambda old: validators.add(dataset.store, copies[old], validators.read(dataset.store, old)), copies):
         pass
 
@@ -180,7 +201,8 @@ def said(summary: dict[str, Any]) -> str:
     counts = (
         f"{summary['rows_out']} works, {summary['new']} new, {summary['rejected']} rejected, {summary['duplicates']} duplicates"
     )
-    return f"{counts}, {summary['not_on_view']} not on view, {summary['seconds']:.0f} s"
+    took = f"{counts}, {summary['not_on_view']} not on view, {summary['seconds']:.0f} s"
+    return f"{took}, {summary['rows_per_s']:.1f} pictures/s" if summary["rows_per_s"] else took
 
 
 if __name__ == "__main__":

@@ -72,7 +72,6 @@ def test_each_wanted_work_becomes_a_row_from_its_own_pixels(family: Family, part
         {"id": "w4", "said": "x4 t4 40 40", "status": "ok", "error": ""},
     ]
     assert (made["ok"], made["bad"]) == (3, 1)
-    assert json.loads(made["errors"]) == ["w1: ValueError: 10 bytes that are no picture in a known format"]
     assert model.batches == [["w0", "w2"], ["w4"]]
     assert made["decode_s"] > 0
     assert made["model_s"] > 0

@@ -41,6 +41,19 @@ def test_a_log_has_a_line_now_and_then_and_one_at_the_end() -> None:
     ]
 
 
+@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+def test_the_total_may_be_known_later(kind: type[io.StringIO]) -> None:
+    clock, log = Clock(), kind()
+    with Progress("collect", None, stream=log, clock=clock) as bar:
+        clock.now += 10
+        bar.update(5)
+        assert bar.text() == "5 works, 0 rejected, 0.5/s"
+        bar.total = 20
+        bar.update(6)
+        assert bar.text() == "6/20 works, 0 rejected, 0.6/s, 23 s left"
+        assert bar._bar is None or bar._bar.tasks[0].total == 20
+
+
 @given(st.lists(st.floats(0, 20), max_size=60))
 def test_lines_are_never_close_and_never_overwrite(waits: list[float]) -> None:
     clock, log, times = Clock(), io.StringIO(), [100.0]

@@ -11,12 +11,18 @@ from aiohttp.abc import ResolveResult
 from momalisa.collect.fetched import Ended
 from momalisa.records import Reason
 
+EMBEDDING = ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("::/96")  # IPv4 in the last 32 bits: NAT64, an old form
+LOCAL_NAT64 = ipaddress.IPv6Network("64:ff9b:1::/48")  # RFC 8215
+
 
 def is_private(address: str) -> bool:
     """Whether an IP address is not on the public internet. Raises ValueError for what is no IP address."""
     ip = ipaddress.ip_address(address.split("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
-        ip = ip.ipv4_mapped or ip.sixtofour or ip
+        if ip in LOCAL_NAT64:
+            return True
+        behind = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if any(ip in network for network in EMBEDDING) else None
+        ip = ip.ipv4_mapped or ip.sixtofour or behind or ip
     return not ip.is_global or ip.is_multicast
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -17,13 +17,15 @@ from momalisa.collect.fetched import Fetched, Validators
 from momalisa.collect.hosts import Hosts, origin_of
 from momalisa.collect.hygiene import BadPicture, clean
 from momalisa.collect.pace import Share
+from momalisa.collect.sources.text import legible
 from momalisa.config import Collect
 from momalisa.dataset import Dataset
-from momalisa.records import IMAGES, OK, REJECTED, Artwork, Reason
+from momalisa.records import DETAILS, IMAGES, OK, REJECTED, Artwork, Reason
 from momalisa.storage import in_bucket, retried
 
 OPEN_FILES = 8  # of a folder or a bucket, read at a time
 FACTS = ["id", "status", "error", "reason", "sha256", "image_url"]
+TOLD = ("title", "artist", "date", "medium", "classification", "department", "credit", "rights", "url")  # by the source
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Before:
     reason: str
     sha256: str
     image_url: str
+    told: dict[str, str]  # the row's TOLD
     said: Validators  # by the host, about this picture
 
 
@@ -54,6 +57,8 @@ class Collected:
     """What a block came to. Rows are only those that the dataset lacks or must replace."""
 
     rows: list[Artwork] = field(default_factory=list)
+    retold: list[Artwork] = field(default_factory=list)  # without pictures: these are as they were, what is told of them is not
+    kept: set[str] = field(default_factory=set)  # ids of the retold whose captions hold: DETAILS are as they were
     said: dict[str, Validators] = field(default_factory=dict)  # id -> what the host said about the rows' pictures
     said_again: dict[str, Validators] = field(default_factory=dict)  # the same, of pictures that have not changed
     figures: Figures = field(default_factory=Figures)
@@ -67,6 +72,7 @@ class Stored:
     works: int
     new: int
     replaced: frozenset[str]  # ids of rows that the new table's rows stand in for
+    kept: frozenset[str]  # of these, works whose captions and latents stay
     said_again: dict[str, dict[str, Validators]]  # images table -> id -> validators
     figures: Figures
 
@@ -81,26 +87,36 @@ def store_block(
     store = Dataset(dataset)
     before = read_before(store, tables)
     collected = collect_block(works, settings, share, hosts, before)
-    path = ""
-    if collected.rows:
-        path = store.put_rows("images", [row.row() for row in collected.rows], IMAGES)
+    rows, path = [*collected.rows, *_retold(store, collected.retold, before)], ""
+    if rows:
+        path = store.put_rows("images", [row.row() for row in rows], IMAGES)
         validators.add(store.store, path, collected.said)
     again: dict[str, dict[str, Validators]] = {}
     for id, said in collected.said_again.items():
         again.setdefault(before[id].table, {})[id] = said
-    ids = frozenset(row.id for row in collected.rows)
-    return Stored(path, len(works), len(ids), ids & before.keys(), again, collected.figures)
+    ids = frozenset(row.id for row in rows)
+    return Stored(path, len(works), len(ids), ids & before.keys(), frozenset(collected.kept), again, collected.figures)
 
 
 def read_before(dataset: Dataset, tables: Mapping[str, str]) -> dict[str, Before]:
     """id -> what the dataset holds of it. `tables`: id -> images table."""
     before = {}
-    for table, rows in dataset.small_tables(set(tables.values()), FACTS):
+    for table, rows in dataset.small_tables(set(tables.values()), [*FACTS, *TOLD]):
         said = validators.read(dataset.store, table)
         for row in rows.to_pylist():
             if tables.get(id := row.pop("id")) == table:
-                before[id] = Before(table, **row, said=said.get(id, Validators()))
+                told = {name: row.pop(name) for name in TOLD}
+                before[id] = Before(table, **row, told=told, said=said.get(id, Validators()))
     return before
+
+
+def _retold(dataset: Dataset, works: Sequence[Artwork], before: Mapping[str, Before]) -> Iterator[Artwork]:
+    """The works' rows as they are stored, but with what the source tells now."""
+    now = {work.id: work for work in works}
+    for table in sorted({before[id].table for id in now}):
+        for row in dataset.rows([table]):
+            if (work := now.get(row["id"])) and before[work.id].table == table:
+                yield replace(Artwork(**row), **{name: getattr(work, name) for name in (*TOLD, "image_url")})
 
 
 def collect_block(
@@ -154,31 +170,41 @@ def _sort_in(collected: Collected, row: Artwork, one: Fetched, old: Before | Non
     figures, unchanged = collected.figures, row.status == ""  # its picture is the one that is there
     if unchanged:
         figures.reasons[Reason.NOT_MODIFIED] += 1
-        if one.validators and old and one.validators != old.said:
-            collected.said_again[row.id] = one.validators
     elif row.status != OK:
         figures.reasons[row.reason] += 1
         figures.examples.setdefault(row.reason, row.error)
-    kept = unchanged or bool(old and _stays(old, row))
-    figures.ok += old.status == OK if kept and old else row.status == OK
-    if not kept:
+    kept = old if old and (unchanged or _stays(old, row)) else None
+    figures.ok += (kept or row).status == OK
+    if kept is None:
         collected.rows.append(row)
         collected.said[row.id] = one.validators
+    elif kept.told != _told(row):
+        sent = unchanged and one.reason == Reason.OK  # by the address that the source names now
+        collected.retold.append(row if sent else replace(row, image_url=kept.image_url))
+        collected.said[row.id] = one.validators if sent else kept.said
+        if all(kept.told[name] == getattr(row, name) for name in DETAILS):
+            collected.kept.add(row.id)
+    elif unchanged and one.validators and one.validators != kept.said:
+        collected.said_again[row.id] = one.validators
+
+
+def _told(row: Artwork) -> dict[str, str]:
+    return {name: getattr(row, name) for name in TOLD}
 
 
 def _stays(old: Before, row: Artwork) -> bool:
-    """Whether the old row stands: a good picture that cannot be had today stays, unless its host no longer allows it."""
+    """Whether the old picture stands: a good one that cannot be had today stays, unless its host no longer allows it."""
     if row.status == OK:
         return False
     if old.status == OK:
         return row.reason != Reason.DISALLOWED
-    return (old.reason, old.error) == (row.reason, row.error)
+    return (old.reason, old.error, old.told) == (row.reason, row.error, _told(row))
 
 
 def finished(work: Artwork, fetched: Fetched, settings: Collect) -> Artwork:
     """A work with what came of its picture."""
     if fetched.reason != Reason.OK:
-        return replace(work, status=REJECTED, error=fetched.error, reason=fetched.reason)
+        return replace(work, status=REJECTED, error=legible(fetched.error), reason=fetched.reason)
     sha256 = hashlib.sha256(fetched.data).hexdigest()
     try:
         picture = clean(fetched.data, settings)

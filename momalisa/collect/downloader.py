@@ -113,7 +113,10 @@ class Downloader:
             return await self._fetch(session, _Wanted(url, max_bytes, known, obey_robots=False, file=file))
 
     async def _one(self, session: aiohttp.ClientSession, index: int, wanted: _Wanted, then: Then) -> None:
-        fetched = await self._fetch(session, wanted)
+        try:
+            fetched = await self._fetch(session, wanted)
+        except Exception as error:  # nobody thought of it: it costs its own URL, and not the block's others
+            fetched = Fetched(error=f"{type(error).__name__}: {error}", reason=Reason.UNREACHABLE)
         try:
             await then(index, fetched)
         finally:
@@ -245,7 +248,7 @@ class Downloader:
             raise Ended(Reason.NOT_FOUND if status in GONE else Reason.HTTP_ERROR, f"HTTP {status}", status)
         if size > limit and not wanted.cut:
             raise Ended(Reason.TOO_LARGE, f"more bytes than max_bytes={wanted.max_bytes}")
-        validators = Validators(response.headers.get("ETag", ""), response.headers.get("Last-Modified", ""))
+        validators = Validators.from_headers(response.headers)
         return Fetched(body.getvalue()[:limit] if isinstance(body, io.BytesIO) else b"", validators=validators)
 
 
@@ -283,5 +286,5 @@ def retry_after_s(header: str) -> float:
         pass
     try:
         return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError, OSError):  # a date may be out of every calendar
         return 0.0

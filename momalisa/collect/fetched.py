@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from momalisa.records import Reason
@@ -13,6 +14,12 @@ class Validators:
 
     etag: str = ""
     last_modified: str = ""
+
+    @classmethod
+    def from_headers(cls, headers: Mapping[str, str]) -> Validators:
+        """A response's; one that is no UTF-8 is passed by: it cannot be stored, and would not be said back as it was."""
+        found = (headers.get(name, "") for name in ("ETag", "Last-Modified"))
+        return cls(*(value if value.isprintable() else "" for value in found))
 
     def __bool__(self) -> bool:
         return bool(self.etag or self.last_modified)

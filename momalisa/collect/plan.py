@@ -21,8 +21,12 @@ class Plan:
     passed_by: int = field(default=0, init=False)  # known works that are left as they are
     passed_by_ok: int = field(default=0, init=False)
 
-    def wants(self, work: Artwork) -> bool:
-        place = self.known.get(work.id)
+    def counts(self, id: str) -> bool:
+        """Whether a work is among those that this run, or the one that was interrupted, asks for."""
+        return id in self.stored or self.wants(id)
+
+    def wants(self, id: str) -> bool:
+        place = self.known.get(id)
         if self.settings.retry_failed:
             return place is not None and not place.ok
         return place is None or (self.settings.refresh and place.ok)
@@ -32,7 +36,7 @@ class Plan:
         for work in works:
             if work.id in self.stored:
                 self.listed += 1
-            elif self.wants(work):
+            elif self.wants(work.id):
                 self.listed += 1
                 block.append(work)
             elif (place := self.known.get(work.id)) is not None:

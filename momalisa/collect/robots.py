@@ -22,6 +22,8 @@ from momalisa.records import Reason
 ROBOTS_BYTES = 500 * 1024
 TOO_MANY_REQUESTS = 429
 NO_AI = {"noai", "noimageai"}
+WITH_VALUES = {"max-snippet", "max-image-preview", "max-video-preview", "unavailable_after"}  # directives, not robots' names
+ADDRESSED = re.compile(r"\s*([A-Za-z][^\s:]*)\s*:(.*)", re.DOTALL)
 MAX_DELAY_S = 60.0  # a host that wants us to wait longer between two pictures does not want us
 
 
@@ -73,13 +75,14 @@ def product(user_agent: str) -> str:
 def forbidden_by(tags: Iterable[str], user_agent: str) -> str:
     """The directive of some X-Robots-Tag headers that forbids learning from a picture; "" if none does.
 
-    `noai, noindex` is said to all robots, `somebot: noai` to one.
+    `noai, noindex` is said to all robots, `somebot: noai, noindex` to one, up to the next name in the same header.
     """
     for tag in tags:
-        name, colon, rest = tag.partition(":")
-        if colon and name.strip().lower() != product(user_agent).lower():
-            continue
-        said = {directive.strip().lower() for directive in (rest if colon else tag).split(",")}
-        if found := sorted(said & NO_AI):
-            return found[0]
+        ours = True
+        for part in tag.split(","):
+            said = part.strip().lower()
+            if (found := ADDRESSED.fullmatch(said)) and found[1] not in WITH_VALUES:
+                ours, said = product(found[1]) == product(user_agent).lower(), found[2].strip()
+            if ours and said in NO_AI:
+                return said
     return ""

@@ -328,16 +328,17 @@ class Dataset:
             found.update((id, good if status == OK else bad) for id, status in zip(ids, states, strict=True))
         return found
 
-    def without_works(self, version: Version, ids: Set[str]) -> tuple[Version, dict[str, str]]:
+    def without_works(self, version: Version, ids: Set[str], kept: Set[str] = frozenset()) -> tuple[Version, dict[str, str]]:
         """A version in which works have no row in images, captions and latents, for new rows to take their place.
 
+        `kept`: of these works, those whose captions and latents stay.
         Tables are copied where they hold such a row, never changed. Also returns {images table: its copy}.
         What a curator wrote stays, and so do duplicates, which are found anew.
         """
         if not ids:
             return version, {}
-        tables = [version.images, *version.captions.values(), *version.latents.values()]
-        copies = self._copies({path for paths in tables for path in paths}, ids)
+        derived = {path for paths in (*version.captions.values(), *version.latents.values()) for path in paths}
+        copies = self._copies(version.images, ids) | self._copies(derived, ids - kept)
 
         def swapped(paths: tuple[str, ...]) -> tuple[str, ...]:
             return tuple(sorted({new for new in (copies.get(path, path) for path in paths) if new}))

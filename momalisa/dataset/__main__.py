@@ -90,7 +90,7 @@ def export(settings: Settings, options: argparse.Namespace) -> None:
     from momalisa.dataset import imagefolder
 
     dataset, version, captioner = _chosen(settings, options)
-    texts = dataset.texts(version, captioner) if captioner else {}
+    texts = dataset.texts(version, captioner, settings.encode.caption) if captioner else {}
     count = imagefolder.export(dataset, version, texts, Path(options.directory))
     print(
         f"{options.directory}: {count} pictures; datasets.load_dataset('imagefolder', data_dir={options.directory!r}) reads them"
@@ -102,7 +102,7 @@ def card(settings: Settings, options: argparse.Namespace) -> None:
     from momalisa.storage import Store
 
     dataset, version, captioner = _chosen(settings, options)
-    cards.write(dataset, version, settings.name, captioner, Store(options.directory))
+    cards.write(dataset, version, settings.name, captioner, Store(options.directory), settings.encode.caption)
     print(f"{options.directory}/index.html describes version {version.sha256[:12]}")
 
 
@@ -115,7 +115,7 @@ def captions(settings: Settings, options: argparse.Namespace) -> None:
         print(f"{written} captions edited, {withdrawn} edits withdrawn; the encode job takes them up")
         return
     dataset, version, captioner = _chosen(settings, options)
-    data = edits.export_csv(dataset, version, captioner or "")
+    data = edits.export_csv(dataset, version, captioner or "", settings.encode.caption)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
     print(f"{path}: change the column `caption`, save as CSV UTF-8, then `captions import {path}`")

@@ -31,19 +31,19 @@ td{overflow-wrap:anywhere}
 """
 
 
-def write(dataset: Dataset, version: Version, name: str, captioner_id: str | None, store: Store) -> None:
-    """Write `index.html` and `contact.png`."""
+def write(dataset: Dataset, version: Version, name: str, captioner_id: str | None, store: Store, column: str = "short") -> None:
+    """Write `index.html` and `contact.png`. `column`: which of the captioner's texts."""
     sheet = png(picture_sheet(dataset, version))
     store.write_bytes("contact.png", sheet)
-    store.write_bytes("index.html", page(dataset, version, name, captioner_id, sheet).encode())
+    store.write_bytes("index.html", page(dataset, version, name, captioner_id, sheet, column).encode())
 
 
-def page(dataset: Dataset, version: Version, name: str, captioner_id: str | None, sheet: bytes) -> str:
+def page(dataset: Dataset, version: Version, name: str, captioner_id: str | None, sheet: bytes, column: str = "short") -> str:
     """The card as HTML, pictures inside."""
     found = inventory(dataset, version)
     works = [row for rows in dataset.columns(version.images) for row in rows]
     good = sorted((row for row in works if row["status"] == OK), key=lambda row: row["id"])
-    texts = dataset.texts(version, captioner_id) if captioner_id else {}
+    texts = dataset.texts(version, captioner_id, column) if captioner_id else {}
     edits, again = dataset.edits(version), [row for rows in dataset.columns(version.duplicates) for row in rows]
     title, data = html.escape(name), base64.b64encode(sheet).decode()
     sections = [
@@ -54,7 +54,7 @@ def page(dataset: Dataset, version: Version, name: str, captioner_id: str | None
         "<h2>Sizes, shapes, words</h2>" + charts(good, texts, captioner_id, edits),
         "<h2>Captions</h2>" + captions(good, texts, edits),
         "<h2>Rights</h2>" + rights(good),
-        "<h2>Works that could not be used</h2>" + tally(found["rejected"], "why", "works"),
+        "<h2>Works that could not be used</h2>" + rejected(found["rejected"]),
         "<h2>The same picture again</h2>" + duplicates(again),
         "<h2>Tables</h2>" + families(found["families"]),
     ]
@@ -66,7 +66,7 @@ def page(dataset: Dataset, version: Version, name: str, captioner_id: str | None
 def cards(found: dict[str, Any], texts: dict[str, str]) -> str:
     figures = {
         "works": f"{found['works']:,}",
-        "could not be used": f"{sum(found['rejected'].values()):,}",
+        "could not be used": f"{sum(one['works'] for one in found['rejected'].values()):,}",
         "the same picture again": f"{found['duplicates']:,}",
         "captions to train on": f"{len(texts):,}",
         "of them by a curator": f"{found['edits']:,}",
@@ -155,6 +155,11 @@ def rights(good: Sequence[dict[str, Any]]) -> str:
 def tally(counts: dict[str, int], label: str, unit: str) -> str:
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return table((label, unit), [(text, f"{count:,}") for text, count in ordered], numbers={1})
+
+
+def rejected(found: dict[str, dict[str, Any]]) -> str:
+    lines = [(reason, one["example"], f"{one['works']:,}") for reason, one in found.items()]
+    return table(("why", "for example", "works"), lines, numbers={2})
 
 
 def duplicates(rows: Sequence[dict[str, Any]]) -> str:

@@ -8,6 +8,7 @@ anything is published, a draft is nobody's. Readers of the dataset never look he
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -15,10 +16,11 @@ from momalisa.storage import Store, side_by_side
 
 
 class Entry(NamedTuple):
-    """A table that was stored whole, and the ids of works whose older rows it replaces."""
+    """A table that was stored whole, the ids of works whose older rows it replaces, and of those whose captions stay."""
 
     table: str
     replaced: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
 
 
 class Draft:
@@ -29,13 +31,21 @@ class Draft:
         self.store, self.folder = store, f"drafts/{stage}-{origin}"
 
     def add(self, entry: Entry) -> None:
-        name = PurePosixPath(entry.table).stem
-        self.store.write_json(f"{self.folder}/{name}.json", {"table": entry.table, "replaced": sorted(entry.replaced)})
+        ids = {"replaced": sorted(entry.replaced), "kept": sorted(entry.kept)}
+        self.store.write_json(self._place(entry.table), {"table": entry.table, **ids})
 
     def entries(self) -> list[Entry]:
         """What was stored so far, in order of the tables' paths."""
         found = side_by_side(self.store.read_json, self.store.list(self.folder))
-        return sorted(Entry(value["table"], tuple(value["replaced"])) for value in found)
+        return sorted(Entry(value["table"], tuple(value["replaced"]), tuple(value.get("kept", ()))) for value in found)
+
+    def drop(self, tables: Iterable[str]) -> None:
+        """Forget these tables: what they hold is made again."""
+        for table in tables:
+            self.store.delete(self._place(table))
+
+    def _place(self, table: str) -> str:
+        return f"{self.folder}/{PurePosixPath(table).stem}.json"
 
     def clear(self) -> None:
         """Forget them: they were published."""

@@ -30,9 +30,12 @@ class Row:
     edited: str  # one of MARKS
 
 
-def export_csv(dataset: Dataset, version: Version, captioner_id: str) -> bytes:
-    """Every work that can be trained on, in order of id; UTF-8 with the mark that spreadsheets want."""
-    texts, edits = dataset.texts(version, captioner_id), dataset.edits(version)
+def export_csv(dataset: Dataset, version: Version, captioner_id: str, column: str = "short") -> bytes:
+    """Every work that can be trained on, in order of id; UTF-8 with the mark that spreadsheets want.
+
+    `column`: which of the captioner's texts.
+    """
+    texts, edits = dataset.texts(version, captioner_id, column), dataset.edits(version)
     again = {row["id"] for rows in dataset.columns(version.duplicates, ["id"]) for row in rows}
     works = (row for rows in dataset.columns(version.images, ["id", "title", "status"]) for row in rows)
     titles = {row["id"]: row["title"] for row in works if row["status"] == OK and row["id"] not in again}

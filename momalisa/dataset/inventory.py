@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from momalisa.dataset import Dataset, Publication, Version
@@ -11,15 +12,28 @@ from momalisa.records import OK
 
 def inventory(dataset: Dataset, version: Version) -> dict[str, Any]:
     """Counts for people and programs: works, rejects by reason, rows and bytes of each family."""
-    works = [row for rows in dataset.columns(version.images, ["id", "status", "error"]) for row in rows]
+    works = [row for rows in dataset.columns(version.images, ["status", "reason", "error"]) for row in rows]
     return {
         "sha256": version.sha256,
         "works": sum(row["status"] == OK for row in works),
-        "rejected": dict(Counter(row["error"] for row in works if row["status"] != OK).most_common()),
+        "rejected": _rejected(row for row in works if row["status"] != OK),
         "duplicates": sum(dataset.store.count_rows(version.duplicates).values()),
         "edits": sum(dataset.store.count_rows(version.edits).values()),
         "families": {folder: _family(dataset, folder, paths) for folder, paths in sorted(version.families().items()) if paths},
     }
+
+
+def _rejected(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """{reason: how many works, and their commonest error}, the commonest reason first."""
+    errors: dict[str, Counter[str]] = {}
+    for row in rows:
+        errors.setdefault(row["reason"], Counter())[row["error"]] += 1
+    ordered = sorted(errors.items(), key=lambda item: (-item[1].total(), item[0]))
+    return {reason: {"works": said.total(), "example": _commonest(said)} for reason, said in ordered}
+
+
+def _commonest(said: Counter[str]) -> str:
+    return min(said, key=lambda error: (-said[error], error))
 
 
 def _family(dataset: Dataset, folder: str, paths: tuple[str, ...]) -> dict[str, int]:
@@ -59,10 +73,10 @@ def _log_line(line: dict[str, Any]) -> str:
 
 
 def show_text(found: dict[str, Any]) -> str:
-    rejected = sum(found["rejected"].values())
+    rejected = sum(one["works"] for one in found["rejected"].values())
     lines = [f"version {found['sha256']}", f"{found['works']} works, {rejected} rejected, {found['duplicates']} duplicates, "]
     lines[-1] += f"{found['edits']} captions edited"
-    lines += [f"  {count:>7} x {error}" for error, count in found["rejected"].items()]
+    lines += [f"  {one['works']:>7} x {reason} ({one['example']})" for reason, one in found["rejected"].items()]
     for folder, family in found["families"].items():
         failed = f", {family['failed']} without a result" if family.get("failed") else ""
         lines.append(f"{folder}: {family['rows']} rows{failed}, {family['tables']} tables, {megabytes(family['bytes'])}")

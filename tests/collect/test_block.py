@@ -121,6 +121,52 @@ def test_a_new_etag_of_the_same_picture_is_handed_on(root: str, museum: Museum, 
     assert (again.new, again.said_again) == (0, {first.path: {"a": Validators('"a2"')}})
 
 
+def test_a_corrected_title_is_a_row_with_the_picture_that_is_there(root: str, museum: Museum, base: str) -> None:
+    first = stored(root, listed(base))
+    before = {row["id"]: row for row in Dataset(root).rows([first.path])}
+    museum.sent = 0
+    wrong, right = listed(base, "ab"), replace(listed(base, "b")[0], title="Right", rights="CC0")
+    again = stored(root, [wrong[0], right], first.path)
+    assert (again.new, again.replaced, museum.sent) == (1, {"b"}, 0)
+    assert (again.figures.ok, again.figures.reasons) == (2, {"not_modified": 2})
+    assert again.kept == frozenset()  # its caption may name the title
+    assert list(Dataset(root).rows([again.path])) == [{**before["b"], "title": "Right", "rights": "CC0"}]
+    assert validators.read(Dataset(root).store, again.path) == {"b": Validators('"b1"')}
+    assert stored(root, [right], again.path).new == 0
+    assert museum.sent == 0
+
+
+@pytest.mark.parametrize(("name", "sent"), [("c", True), ("a", False)], ids=["the same bytes", "gone today"])
+def test_a_correction_is_taken_whatever_the_host_answers(root: str, museum: Museum, base: str, name: str, sent: bool) -> None:
+    first = stored(root, listed(base))
+    museum.pictures.pop("a")
+    right, museum.sent = replace(listed(base, name)[0], credit="Gift of Ann"), 0
+    again = stored(root, [right], first.path)
+    row = next(Dataset(root).rows([again.path]))
+    assert (row["status"], row["credit"], bool(row["bytes"]), bool(museum.sent)) == (OK, "Gift of Ann", True, sent)
+    assert again.replaced == again.kept == {name}
+
+
+@pytest.mark.parametrize("there", [b"", b"<html>soon</html>"], ids=["nothing", "a page"])
+def test_of_a_picture_that_is_not_at_its_new_address_the_old_address_stays(
+    root: str, museum: Museum, base: str, there: bytes
+) -> None:
+    """Its validators belong there."""
+    first = stored(root, listed(base, "a"))
+    museum.pictures["moved"] = ('"page"', there)
+    moved = replace(listed(base, "a")[0], title="Moved", image_url=f"{base}/moved")
+    again = stored(root, [moved], first.path)
+    row = next(Dataset(root).rows([again.path]))
+    assert (row["title"], row["image_url"]) == ("Moved", f"{base}/a")
+    assert validators.read(Dataset(root).store, again.path) == {"a": Validators('"a1"')}
+
+
+def test_a_correction_of_a_rejected_work_is_a_row(root: str, base: str) -> None:
+    first = stored(root, listed(base, "d"))
+    again = stored(root, [replace(listed(base, "d")[0], title="Right")], first.path)
+    assert [(row["title"], row["reason"]) for row in Dataset(root).rows([again.path])] == [("Right", "not_found")]
+
+
 def test_a_picture_that_has_moved_is_asked_for_without_conditions(root: str, museum: Museum, base: str) -> None:
     first = stored(root, listed(base))
     museum.pictures["e"], museum.sent = ('"a1"', png("pink")), 0

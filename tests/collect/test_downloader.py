@@ -8,6 +8,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 from aiohttp import web
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from momalisa.collect import downloader
 from momalisa.collect.addresses import PublicResolver, is_private
@@ -106,6 +108,17 @@ class Museum:
         headers = {"ETag": tag} if "dated" not in request.path else {"Last-Modified": date}
         return web.Response(status=304, headers=headers) if same else web.Response(body=b"art", headers=headers)
 
+    async def say_latin(self, request: web.Request) -> web.StreamResponse:
+        """An ETag with a byte above 0x7F, which RFC 9110 allows (obs-text); aiohttp's own server would not write it."""
+        assert request.transport is not None
+        lines = [b"HTTP/1.1 200 OK", b'ETag: "caf\xe9"', b"Last-Modified: Sun, 06 Nov 1994 08:49:37 GMT", b"Connection: close"]
+        request.transport.write(b"\r\n".join([*lines, b"", b"art"]))  # type: ignore[attr-defined]
+        request.transport.close()
+        return web.StreamResponse()
+
+    async def say_never(self, request: web.Request) -> web.StreamResponse:
+        return web.Response(status=503, headers={"Retry-After": "Mon, 01 Jan 2024 00:00:00 +99999999999999999"})
+
     async def say_page(self, request: web.Request) -> web.StreamResponse:
         return web.Response(status=int(request.query["status"]))
 
@@ -156,6 +169,7 @@ def test_too_many_requests_are_repeated_when_the_host_says(museum: Museum, base:
     ("path", "reason", "error", "asked"),
     [
         ("broken", Reason.HTTP_ERROR, r"HTTP 500 \(3 attempts\)", 3),
+        ("never", Reason.HTTP_ERROR, r"HTTP 503 \(3 attempts\)", 3),
         ("holiday", Reason.HTTP_ERROR, "HTTP 503; the host asks to wait 86400 s", 1),
         ("missing", Reason.NOT_FOUND, "HTTP 404", 1),
         ("page?status=410", Reason.NOT_FOUND, "HTTP 410", 1),
@@ -321,6 +335,21 @@ def test_what_has_changed_is_sent_with_its_new_validators(base: str) -> None:
     assert (changed.data, changed.validators) == (b"art", Validators('"2"'))
 
 
+def test_validators_that_are_no_utf_8_are_passed_by(base: str) -> None:
+    fetched = fetch([f"{base}/latin"])[0]
+    assert (fetched.data, fetched.validators) == (b"art", Validators("", "Sun, 06 Nov 1994 08:49:37 GMT"))
+
+
+def test_what_nobody_thought_of_costs_one_url_and_no_block(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def odd(header: str) -> float:
+        raise RuntimeError("nobody thought of it")
+
+    monkeypatch.setattr(downloader, "retry_after_s", odd)
+    broken, good = fetch([f"{base}/broken", f"{base}/good"])
+    assert (broken.reason, broken.error) == (Reason.UNREACHABLE, "RuntimeError: nobody thought of it")
+    assert good.data == b"/good"
+
+
 def test_a_file_is_saved_without_being_held_and_only_the_last_attempt_stays(museum: Museum, base: str, tmp_path: Path) -> None:
     with open(tmp_path / "file", "w+b") as file:
         fetched = asyncio.run(Downloader(TRUSTING).save(f"{base}/hiccup", file, 100_000))
@@ -402,6 +431,10 @@ def test_a_redirect_to_a_private_address_is_refused(base: str, museum: Museum, m
         ("fd00::1", True),
         ("::ffff:10.0.0.1", True),
         ("2002:7f00:1::", True),
+        ("64:ff9b::a9fe:a9fe", True),
+        ("64:ff9b::808:808", False),
+        ("64:ff9b:1::808:808", True),
+        ("::7f00:1", True),
     ],
 )
 def test_which_addresses_are_private(address: str, private: bool) -> None:
@@ -412,3 +445,15 @@ def test_retry_after_is_a_number_or_a_date() -> None:
     assert retry_after_s("7") == 7
     assert 50 < retry_after_s(formatdate(time.time() + 60, usegmt=True)) <= 60
     assert retry_after_s("") == retry_after_s("soon") == retry_after_s("-5") == retry_after_s("nan") == 0
+
+
+TWO, ZONE = st.integers(0, 99).map("{:02}".format), st.integers(-(10**30), 10**30).map("{:+05}".format)
+DATES = st.tuples(TWO, st.integers(0, 10**12), TWO, TWO, TWO, ZONE).map(
+    "Mon, {0[0]} Jan {0[1]} {0[2]}:{0[3]}:{0[4]} {0[5]}".format
+)
+
+
+@given(st.one_of(DATES, st.text(), st.floats().map(str)))
+@example("Mon, 01 Jan 2024 00:00:00 +99999999999999999")
+def test_whatever_a_host_writes_as_retry_after_is_some_seconds(header: str) -> None:
+    assert retry_after_s(header) >= 0

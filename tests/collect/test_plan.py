@@ -26,6 +26,12 @@ def test_which_works_are_asked_for(options: dict[str, bool], asked: list[str], c
     assert (plan.listed, plan.passed_by, plan.passed_by_ok) == counts
 
 
+def test_what_counts_is_what_is_asked_for_now_or_was_by_the_run_that_was_interrupted() -> None:
+    plan = Plan(KNOWN, Collect(), {"newer": Place("t", True)})
+    assert [id for id in LISTED if plan.counts(id)] == ["new", "newer"]
+    assert [work.id for block in plan.blocks(Artwork(id) for id in LISTED) for work in block] == ["new"]
+
+
 def test_blocks_are_full_but_the_last_and_dealt_as_works_come_in() -> None:
     read: list[int] = []
 

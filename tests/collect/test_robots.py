@@ -64,6 +64,14 @@ def test_a_file_that_cannot_be_read_is_a_no_with_its_reason() -> None:
         (["MOMALISA: noai"], "noai"),
         (["other: noai", "noarchive"], ""),
         (["unavailable_after: 25 Jun 2027 15:00:00 PST"], ""),
+        (["noai, noimageai, max-image-preview:large"], "noai"),
+        (["max-image-preview: large, NoImageAI"], "noimageai"),
+        (["otherbot: noindex, momalisa: noai"], "noai"),
+        (["otherbot: noindex, noai"], ""),
+        (["momalisa: noindex, otherbot: noai"], ""),
+        (["otherbot: noindex, MomaLisa/1.0 : max-snippet:-1, noai"], "noai"),
+        (["unavailable_after: Fri, 25 Jun 2027 15:00:00 GMT, noai"], "noai"),
+        (["otherbot: noai", "noai"], "noai"),
     ],
 )
 def test_which_headers_forbid_learning(tags: list[str], found: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from momalisa.dataset import Dataset, Version
-from momalisa.records import CAPTIONS, IMAGES, OK, REJECTED, Artwork
+from momalisa.records import CAPTIONS, IMAGES, OK, REJECTED, Artwork, Reason
 
 BLIP = "blip-1"
 
@@ -61,7 +61,10 @@ def collection(dataset: Dataset) -> Dataset:
     """w0 to w5 with pictures (w4 has no caption), bad0 and bad1 without, in two tables; w5 is w0 again."""
     import pyarrow as pa
 
-    bad = [Artwork(id=f"bad{n}", status=REJECTED, error="the file is empty", title=f"Bad {n}") for n in range(2)]
+    bad = [
+        Artwork(id=f"bad{n}", status=REJECTED, error="the file is empty", reason=Reason.NOT_A_PICTURE, title=f"Bad {n}")
+        for n in range(2)
+    ]
     captions = [caption("w4", status="error"), *(caption(f"w{n}") for n in (0, 1, 2, 3, 5))]
     add(dataset, [work(n) for n in range(3)])
     add(dataset, [*(work(n) for n in range(3, 6)), *bad], captions)

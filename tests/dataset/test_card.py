@@ -39,7 +39,7 @@ def test_the_card_shows_the_version_in_one_file(collection: Dataset, tmp_path: P
         "<b>6</b><span>works",
         "<b>2</b><span>could not be used",
         "<b>1</b><span>the same picture again",
-        "<td>the file is empty<td class=n>2",
+        "<td>not_a_picture<td>the file is empty<td class=n>2",
         "<td>w5<td>w0<td>exact",
         "a curator&#x27;s &lt;words&gt;<td>curator",
         "<td>CC0<td class=n>6",

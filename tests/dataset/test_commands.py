@@ -12,6 +12,7 @@ import pytest
 
 from momalisa.dataset import Dataset
 from momalisa.dataset.__main__ import main
+from momalisa.records import REJECTED, Artwork, Reason
 from tests.dataset.conftest import BLIP, add, caption, work
 
 HOME = Path(__file__).parents[2]
@@ -45,13 +46,33 @@ def test_log_show_and_diff(collection: Dataset, said: Said) -> None:
     assert [entry["sequence"] for entry in json.loads(said("log", "--json", "--limit", "2"))] == [3, 2]
     shown = said("show")
     assert f"version {newest}\n6 works, 2 rejected, 1 duplicates, 0 captions edited\n" in shown
-    assert "      2 x the file is empty" in shown
+    assert "      2 x not_a_picture (the file is empty)\n" in shown
     assert "captions/blip-1: 6 rows, 1 without a result, 1 tables, " in shown
     oldest = json.loads(said("log", "--json"))[-1]["sha256"]
     assert json.loads(said("show", oldest[:9], "--json"))["works"] == 3
     difference = json.loads(said("diff", oldest[:9], "latest", "--json"))
     assert difference["images"]["added"] == ["bad0", "bad1", "w3", "w4", "w5"]
     assert "images: 5 added, 0 removed, 0 changed" in said("diff", oldest, "latest")
+
+
+def test_rejects_are_counted_by_reason_with_their_commonest_error(dataset: Dataset, said: Said) -> None:
+    """Errors name addresses and numbers of bytes: of a large collection there are thousands."""
+    errors = ["HTTP 500", "HTTP 503", *("HTTP 500 (4 attempts)" for _ in range(2)), *("HTTP 403" for _ in range(2))]
+    works = [Artwork(f"e{n}", REJECTED, error, Reason.HTTP_ERROR if n else Reason.TOO_LARGE) for n, error in enumerate(errors)]
+    add(dataset, works)
+    lines = [line for line in said("show").splitlines() if line.startswith("  ")]
+    assert lines == ["        5 x http_error (HTTP 403)", "        1 x too_large (HTTP 500)"]
+    assert json.loads(said("show", "--json"))["rejected"]["http_error"] == {"works": 5, "example": "HTTP 403"}
+
+
+def test_the_words_are_those_that_are_trained_on(dataset: Dataset, said: Said, tmp_path: Path) -> None:
+    add(dataset, [work(0)], [{**caption("w0"), "fused": "fused <words>"}])
+    said("export", "imagefolder", str(tmp_path / "folder"), "--encode.caption=fused")
+    assert json.loads((tmp_path / "folder" / "train" / "metadata.jsonl").read_text())["text"] == "fused <words>"
+    said("captions", "export", str(tmp_path / "captions.csv"), "--encode.caption=fused")
+    assert "fused <words>,no" in (tmp_path / "captions.csv").read_text()
+    said("card", str(tmp_path / "card"), "--encode.caption=fused")
+    assert "<td>fused &lt;words&gt;<td>captioner" in (tmp_path / "card" / "index.html").read_text()
 
 
 def test_checkout_and_gc(collection: Dataset, said: Said) -> None:

@@ -19,14 +19,22 @@ def dataset(tmp_path: Path) -> Dataset:
 
 def test_entries_come_back_in_order_until_they_are_cleared(dataset: Dataset) -> None:
     draft = Draft(dataset.store, "collect", "abc")
-    entries = [Entry("images/2.parquet", ("y", "x")), Entry("images/1.parquet")]
+    entries = [Entry("images/2.parquet", ("y", "x"), ("y",)), Entry("images/1.parquet")]
     for entry in entries:
         draft.add(entry)
     draft.add(entries[0])  # a block that was done twice
     again = Draft(dataset.store, "collect", "abc")
-    assert again.entries() == [Entry("images/1.parquet"), Entry("images/2.parquet", ("x", "y"))]
+    assert again.entries() == [Entry("images/1.parquet"), Entry("images/2.parquet", ("x", "y"), ("y",))]
     again.clear()
     assert draft.entries() == []
+
+
+def test_a_dropped_table_is_made_again_and_the_others_are_not(dataset: Dataset) -> None:
+    draft = Draft(dataset.store, "collect", "abc")
+    for number in range(3):
+        draft.add(Entry(f"images/{number}.parquet"))
+    draft.drop(["images/0.parquet", "images/2.parquet", "images/never-there.parquet"])
+    assert draft.entries() == [Entry("images/1.parquet")]
 
 
 def test_another_origin_or_stage_has_a_draft_of_its_own(dataset: Dataset) -> None:

@@ -80,16 +80,74 @@ def test_pictures_are_captioned_once_whatever_the_pool(
 
 @pytest.mark.integration
 @pytest.mark.usefixtures("ray_cluster")
-def test_too_many_bad_pictures_publish_nothing(settings: Settings, collection: Dataset) -> None:
-    before = collection.latest()
-    with pytest.raises(ValueError, match=r"1 of 8 works failed, more than max_bad_fraction=0.1; nothing was published. w12: "):
-        caption.run(with_caption(settings, max_bad_fraction=0.1))
-    assert collection.latest() == before
+def test_too_many_bad_pictures_publish_nothing(
+    settings: Settings, collection: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not even when the job is run again, which tries anew what failed; what did not fail is kept."""
+    before, strict = collection.latest(), with_caption(settings, max_bad_fraction=0.1)
+    for going_on in ("", "caption: going on after 5 works of a run that was interrupted"):
+        with pytest.raises(
+            ValueError, match=r"1 of 8 works failed, more than max_bad_fraction=0.1; nothing was published. w12: "
+        ):
+            caption.run(strict)
+        assert collection.latest() == before
+        assert going_on in capsys.readouterr().out
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_failed_for_a_while_is_captioned_by_the_same_command_and_a_resumed_one_counts_only_its_own(
+    settings: Settings, collection: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A captioner that says nothing fails every work; as soon as it speaks, nothing of that is left."""
+    real = caption.load
+
+    def mute(settings: Settings, device: str) -> Model:
+        model = real(settings, device)
+
+        class Mute(Model):
+            def rows(self, works: list[Work], pixels: list[Pixels]) -> list[dict[str, Any]]:
+                return [model.failed(work, "it says nothing") for work in works]
+
+            def failed(self, work: Work, error: str) -> dict[str, Any]:
+                return model.failed(work, error)
+
+        return Mute()
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(caption, "load", mute)
+        with pytest.raises(ValueError, match=r"8 of 8 works failed.*nothing was published. w\d\d: "):
+            caption.run(settings)
+    with monkeypatch.context() as patched:
+        patched.setattr(Dataset, "add", killed)
+        with pytest.raises(KeyboardInterrupt):
+            caption.run(settings)
+    assert "going on" not in capsys.readouterr().out
+    summary = caption.run(settings)
+    assert "caption: going on after 8 works of a run that was interrupted" in capsys.readouterr().out
+    assert (summary["new"], summary["rows_out"], summary["rejected"]) == (8, 7, 1)
+    assert (summary["rows_per_s"], summary["pictures_per_s"]["one_actor"]) == (0, 0)  # all was done by the killed run
+    assert collection.latest().captions
 
 
 def test_without_pictures_the_job_before_is_named(settings: Settings) -> None:
     with pytest.raises(ValueError, match="holds no pictures: run the collect job first"):
         caption.run(settings)
+
+
+def test_a_table_that_is_gone_ends_the_job_with_a_message_and_not_a_traceback(
+    settings: Settings, collection: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = collection.latest().images[0]
+    collection.store.delete(gone)
+    options = {"root": settings.root, "diffusion.model": settings.diffusion.model, "caption.model": settings.caption.model}
+    arguments = ["--config", str(HOME / "configs" / "demo.yaml"), *(f"--{name}={value}" for name, value in options.items())]
+    monkeypatch.setattr(sys, "argv", ["caption", *arguments])
+    with pytest.raises(SystemExit, match=rf"^caption: .*/{gone} does not exist, though a version names it; .*--from ROOT"):
+        caption.main()
 
 
 @pytest.mark.usefixtures("collection")

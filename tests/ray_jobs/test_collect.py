@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import resource
 import subprocess
 import sys
 import time
@@ -15,12 +17,15 @@ import pytest
 from aiohttp import web
 from PIL import Image
 
+from momalisa import progress
+from momalisa.collect import block
 from momalisa.collect.sources import open_source
 from momalisa.config import Collect, Settings, Source
 from momalisa.dataset import Dataset
 from momalisa.miniature import wing
 from momalisa.records import CAPTIONS, OK
 from ray_jobs import collect
+from ray_jobs._job import job
 
 HOME = Path(__file__).parents[2]
 integration = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
@@ -66,7 +71,10 @@ class TestOnRay:
             "reasons": {"no_picture": 6, "not_a_picture": 5, "not_found": 1},
         }  # fmt: skip
         printed = capsys.readouterr().out.splitlines()
-        assert printed[-1].startswith("collect: 124 works, 12 rejected")
+        assert printed[-1].startswith("collect: 124/124 works, 12 rejected")
+        assert re.fullmatch(
+            r"112 works, 124 new, 12 rejected, 0 duplicates, 12 not on view, \d+ s, [\d.]+ pictures/s", collect.said(summary)
+        )
         dataset = Dataset(settings.dataset)
         rows = {row["id"]: row for row in dataset.rows(dataset.latest().images)}
         planned = {f"moma-{record['ObjectID']}" for record, _, _ in wing.exhibits()}
@@ -74,6 +82,17 @@ class TestOnRay:
         assert all(row["bytes"] if row["status"] == OK else row["error"] and not row["bytes"] for row in rows.values())
         assert {(row["width"], row["height"]) for row in rows.values() if row["status"] == OK} == {(128, 128)}
         assert sum(row["error"] == "no picture" for row in rows.values()) == wing.WITHOUT_PICTURE
+
+    def test_what_is_left_is_told_while_it_goes_on(
+        self, tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(progress, "EVERY_S", 0.0)
+        collect.run(settings_for(tmp_path / "root", folder, source={"limit": 2}))
+        assert "collect: 2/2 works" in capsys.readouterr().out
+        collect.run(settings_for(tmp_path / "root", folder))
+        said = capsys.readouterr().out.splitlines()
+        assert re.fullmatch(r"collect: 3/6 works, \d rejected, [\d.]+/s, \d+ s left", said[0])
+        assert said[-1].startswith("collect: 6/6 works, 1 rejected")
 
     def test_a_second_run_does_nothing_and_a_later_one_only_what_is_new(
         self, tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
@@ -120,13 +139,82 @@ class TestOnRay:
         for number in range(5):
             (folder / f"{number}.png").write_bytes(b"")
         settings = settings_for(tmp_path / "root", folder)
-        with pytest.raises(
-            ValueError, match=r"5 of 8 works were rejected.*max_bad_fraction=0.5.*5 x not_a_picture \(the file is empty\)"
-        ):
-            collect.run(settings)
-        assert Dataset(settings.dataset).latest().images == ()
+        for _ in range(2):  # what failed is not a result that a second run could take over
+            with pytest.raises(
+                ValueError, match=r"5 of 8 works were rejected.*max_bad_fraction=0.5.*5 x not_a_picture \(the file is empty\)"
+            ):
+                collect.run(settings)
+            assert Dataset(settings.dataset).latest().images == ()
         collect.run(settings_for(tmp_path / "root", folder, max_bad_fraction=0.7))
         assert Dataset(settings.dataset).latest().images
+
+    def test_when_the_pictures_are_mended_the_same_command_asks_for_them_again(self, tmp_path: Path, folder: Path) -> None:
+        for number in range(7):
+            (folder / f"{number}.png").write_bytes(b"")
+        settings = settings_for(tmp_path / "root", folder)
+        with pytest.raises(ValueError, match="7 of 8 works were rejected"):
+            collect.run(settings)
+        for number in range(7):
+            Image.new("RGB", (32, 24), (number * 30, 80, 120)).save(folder / f"{number}.png")
+        summary = collect.run(settings)
+        assert (summary["rows_in"], summary["rows_out"], summary["new"]) == (8, 8, 8)
+
+    def test_a_killed_run_goes_on_by_gentler_settings_and_judges_all_that_it_stored(
+        self, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for number in range(5):
+            (folder / f"{number}.png").write_bytes(b"")
+        with monkeypatch.context() as patched:
+            patched.setattr(collect.Tally, "judge", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                collect.run(settings_for(tmp_path / "root", folder))
+        capsys.readouterr()
+        gentler = {"requests_per_second": 0.5, "user_agent": "momalisa/0.2 (me@museum.example)", "duplicates": "keep"}
+        with pytest.raises(ValueError, match=r"5 of 8 works were rejected.*5 x not_a_picture \(the file is empty\)"):
+            collect.run(settings_for(tmp_path / "root", folder, **gentler))
+        assert "collect: going on after 8 works of a run that was interrupted" in capsys.readouterr().out
+
+    def test_a_resumed_run_counts_what_it_did_itself(
+        self, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        settings = settings_for(tmp_path / "root", folder)
+        with monkeypatch.context() as patched:
+            patched.setattr(collect.Tally, "judge", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                collect.run(settings)
+        summary = collect.run(settings)
+        assert "collect: going on after 8 works of a run that was interrupted" in capsys.readouterr().out
+        assert (summary["new"], summary["rows_out"], summary["rows_per_s"]) == (8, 7, 0)
+        assert summary["reasons"] == {"not_a_picture": 1}
+
+    def test_a_full_disk_publishes_nothing_and_the_next_run_goes_on(
+        self, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As full as the kernel says it is to the process that stores the second block."""
+        settings, real, stored = (
+            settings_for(tmp_path / "root", folder, tasks=1),
+            block.store_block,
+            tmp_path / "root" / "dataset",
+        )
+
+        def limited(*arguments: Any) -> Any:
+            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            if (stored / "images").exists():
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+            try:
+                return real(*arguments)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(block, "store_block", limited)
+            patched.setattr(sys, "argv", ["collect", "--config", str(HOME / "configs" / "demo.yaml")])
+            with pytest.raises(SystemExit, match=r"^collect: .*parquet.* bytes to write, .* Nothing was published; .* run again"):
+                job("", "collect", lambda _: collect.run(settings), collect.said)
+        assert Dataset(settings.dataset).latest().images == ()
+        assert not list(stored.rglob("*.partial"))
+        summary = collect.run(settings)
+        assert (summary["new"], summary["rows_out"]) == (8, 7)
 
     @pytest.mark.parametrize(("per_host", "tasks"), [(1, 2), (3, 2)])
     def test_connections_to_a_host_are_few_over_all_tasks(self, tmp_path: Path, per_host: int, tasks: int) -> None:
@@ -169,6 +257,28 @@ class TestOnRay:
             assert dataset.ids(after.captions["blip"]) == {row["id"] for row in texts} - {"moma-3"}
             assert collect.run(refresh)["reasons"] == {"not_modified": 8}  # the copied tables know their validators
             assert busy.sent_again == 1
+
+    def test_a_correction_replaces_a_row_and_only_what_was_made_of_its_words(self, tmp_path: Path) -> None:
+        busy = Busy()
+        with wing.serve_in_thread(busy.app) as address:
+            path = listing(tmp_path, address, 8)
+            collect.run(settings_for(tmp_path / "root", path, "moma"))
+            refresh = settings_for(tmp_path / "root", path, "moma", refresh=True)
+            dataset = Dataset(refresh.dataset)
+            rest = {"long": "", "fused": "", "status": OK, "error": ""}
+            texts = [{"id": f"moma-{number}", "short": "a", **rest} for number in range(8)]
+            dataset.publish(dataset.latest().with_captions("blip", [dataset.put_rows("captions/blip", texts, CAPTIONS)]))
+            before = {row["id"]: row for row in dataset.rows(dataset.latest().images)}
+            path.write_text(path.read_text().replace("\n3,a,", "\n3,Right,").replace("ImageURL", "Department,ImageURL"))
+            path.write_text(path.read_text().replace(",b,", ",b,,").replace("\n5,a,b,,", "\n5,a,b,Prints,"))
+            summary = collect.run(refresh)
+            assert (summary["new"], summary["rows_out"], summary["reasons"]) == (2, 8, {"not_modified": 8})
+            before["moma-3"]["title"], before["moma-5"]["department"] = "Right", "Prints"
+            after = dataset.latest()
+            assert {row["id"]: row for row in dataset.rows(after.images)} == before
+            assert dataset.ids(after.captions["blip"]) == before.keys() - {"moma-3"}
+            assert collect.run(refresh)["new"] == 0
+            assert busy.sent_again == 0
 
     def test_only_rejected_works_are_asked_for_again(self, tmp_path: Path) -> None:
         busy = Busy()

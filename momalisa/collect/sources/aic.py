@@ -21,7 +21,7 @@ from urllib.parse import urlencode
 
 from momalisa.collect.downloader import Downloader
 from momalisa.collect.sources.listing import NO_PICTURE, listed
-from momalisa.collect.sources.selection import selected
+from momalisa.collect.sources.selection import Wanted, selected
 from momalisa.collect.sources.text import plain
 from momalisa.config import AIC_API, Collect
 from momalisa.records import Artwork, Reason
@@ -41,8 +41,9 @@ FIELDS = (
 class AicApi:
     """The public domain works that the API lists at `source.location`."""
 
-    def __init__(self, settings: Collect) -> None:
-        self.source, self.left_out = settings.source, Counter[str]()
+    def __init__(self, settings: Collect, wanted: Wanted | None = None) -> None:
+        self.source, self.left_out, self.wanted = settings.source, Counter[str](), wanted
+        self.expected: int | None = None  # what the search finds, less what was listed since and is not wanted
         self.base = settings.source.location.rstrip("/")
         rate = min(settings.requests_per_second, REQUESTS_PER_SECOND)
         # Whoever wrote the settings named this address, so it may be private; the addresses in its answers may not.
@@ -50,7 +51,10 @@ class AicApi:
 
     def works(self) -> Iterator[Artwork]:
         """Raises ValueError if the API cannot be read or answers in another format."""
-        return selected(self._works(), self.source, self.left_out)
+        for work in selected(self._works(), self.source, self.left_out):
+            if self.expected is not None and self.wanted is not None:
+                self.expected -= not self.wanted(work.id)
+            yield work
 
     def _works(self) -> Iterator[tuple[Artwork, bool]]:
         for page in self._pages():
@@ -65,8 +69,10 @@ class AicApi:
         query = {"query": {"bool": {"filter": self._filters()}}}
         search = {"params": json.dumps(query, separators=(",", ":"))}
         first = self._page("artworks/search", search, 1)
+        total = first["pagination"]["total"]
+        self.expected = min(total, self.source.limit or total)
         enough = self.source.limit is not None and self.source.limit <= SEARCH_RESULTS
-        if first["pagination"]["total"] > SEARCH_RESULTS and not enough:
+        if total > SEARCH_RESULTS and not enough:
             yield from self._from("artworks", {}, self._page("artworks", {}, 1))
         else:
             yield from self._from("artworks/search", search, first, SEARCH_RESULTS // PAGE_SIZE)

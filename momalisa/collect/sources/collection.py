@@ -75,13 +75,15 @@ def _download(url: str, settings: Collect, file: BinaryIO, beside: Store | None)
 
 
 def csv_rows(file: BinaryIO, location: str, required: Iterable[str]) -> Iterator[dict[str, str]]:
-    """The rows of a CSV file, cells stripped, all columns present. Raises ValueError naming the location."""
-    with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
-        reader = csv.reader(text)
-        try:
-            yield from _rows(reader, location, required)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{location} is not a UTF-8 CSV file (line {reader.line_num}: {error}); save it as one") from error
+    """The rows of a CSV file, cells stripped, all columns present; the file stays open. Raises ValueError naming the location."""
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    reader = csv.reader(text)
+    try:
+        yield from _rows(reader, location, required)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{location} is not a UTF-8 CSV file (line {reader.line_num}: {error}); save it as one") from error
+    finally:
+        text.detach()
 
 
 def _rows(reader: Iterator[list[str]], location: str, required: Iterable[str]) -> Iterator[dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections import Counter
@@ -16,7 +17,7 @@ import fsspec
 from momalisa.collect.sources.access import unreadable
 from momalisa.collect.sources.collection import csv_rows, opened
 from momalisa.collect.sources.listing import NO_PICTURE, listed
-from momalisa.collect.sources.selection import selected
+from momalisa.collect.sources.selection import Wanted, selected
 from momalisa.collect.sources.text import plain
 from momalisa.config import Collect
 from momalisa.records import Artwork
@@ -29,8 +30,9 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 class PictureFolder:
     """Pictures below a path or a gs:// prefix. Their names and metadata are held in memory, the pictures are not."""
 
-    def __init__(self, settings: Collect) -> None:
-        self.settings, self.source = settings, settings.source
+    def __init__(self, settings: Collect, wanted: Wanted | None = None) -> None:
+        self.settings, self.source, self.wanted = settings, settings.source, wanted
+        self.expected: int | None = None
         self.location = settings.source.location.rstrip("/") or "/"
         self.left_out: Counter[str] = Counter()
 
@@ -47,6 +49,9 @@ class PictureFolder:
         if not any(map(_is_picture, names)):
             known = " ".join(sorted(SUFFIXES))
             raise ValueError(f"{self.location} holds no picture ({known}); check collect.source.location")
+        if self.wanted is not None:
+            pictures = itertools.islice(filter(_is_picture, names), self.source.limit)
+            self.expected = sum(self.wanted(_id(name)) for name in pictures)
         for name in names:
             facts = told.pop(name, {})
             if _is_picture(name):
@@ -110,10 +115,14 @@ def _json_rows(file: BinaryIO, location: str) -> Iterator[dict[str, str]]:
         yield {str(key): "" if value is None else str(value) for key, value in row.items()} | {"file_name": str(file_name)}
 
 
+def _id(name: str) -> str:
+    return f"folder-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+
+
 def _work(name: str, address: str, told: dict[str, str]) -> Artwork:
     facts = {key: plain(value) for key, value in told.items()}
     return listed(
-        f"folder-{hashlib.sha256(name.encode()).hexdigest()[:16]}",
+        _id(name),
         address or name,
         "" if address else NO_PICTURE,
         title=facts.get("title", ""),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from momalisa.config import Source
 from momalisa.records import Artwork
 
 NOT_ON_VIEW = "not on view"
+Wanted = Callable[[str], bool]  # a work's id -> whether the run asks for it
 
 
 def selected(

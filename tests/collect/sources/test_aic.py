@@ -100,6 +100,18 @@ def works(base: str, **source: Any) -> list[Artwork]:
     return list(open_source(settings(base, **source)).works())
 
 
+def test_what_the_search_finds_is_expected_less_what_is_known(institute: Institute, base: str) -> None:
+    institute.records = [record(number) for number in range(7)] + [record(8, is_public_domain=False)]
+    source = open_source(settings(base), wanted=lambda id: id != "aic-3")
+    listing = source.works()
+    next(listing)
+    assert source.expected == 7
+    assert len(list(listing)) == 6
+    assert source.expected == 6
+    limited = open_source(settings(base, limit=2), wanted=lambda id: True)
+    assert (len(list(limited.works())), limited.expected) == (2, 2)
+
+
 def test_a_record_becomes_a_work_with_its_rights(base: str) -> None:
     assert works(base) == [
         Artwork(

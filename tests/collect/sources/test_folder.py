@@ -9,13 +9,17 @@ from pathlib import Path
 import gcsfs
 import pytest
 from aiohttp import web
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from momalisa.collect.block import collect_block
 from momalisa.collect.sources import open_source
+from momalisa.collect.sources.listing import listed
 from momalisa.config import Collect, Source
+from momalisa.dataset import Dataset
 from momalisa.miniature.wing import serve_in_thread
-from momalisa.records import OK, REJECTED, Artwork, Reason
+from momalisa.records import IMAGES, OK, REJECTED, Artwork, Reason
 from momalisa.storage import Store
 
 
@@ -42,6 +46,16 @@ def test_a_folder_s_pictures_are_works_with_stable_ids(tmp_path: Path) -> None:
     (tmp_path / "a" / "notes.txt").write_text("no picture")
     assert len(works(folder(tmp_path / "a"))) == 2
     assert len(works(folder(tmp_path / "a", limit=1))) == 1
+
+
+def test_the_pictures_that_a_run_asks_for_are_expected(tmp_path: Path) -> None:
+    settings, last = folder(pictures(tmp_path, "a.png", "b.png", "c.png")), works(folder(tmp_path))[-1].id
+    source = open_source(settings, wanted=lambda id: id != last)
+    assert source.expected is None
+    assert len(list(source.works())) == 3
+    assert source.expected == 2
+    limited = open_source(folder(tmp_path, limit=1), wanted=lambda id: True)
+    assert (len(list(limited.works())), limited.expected) == (1, 1)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
@@ -93,6 +107,26 @@ def test_a_block_of_a_folder_is_read_and_cleaned(tmp_path: Path) -> None:
     assert big.error == "more bytes than max_bytes=300"
     reasons = [Reason.OK, Reason.NOT_A_PICTURE, Reason.TOO_LARGE, Reason.NOT_FOUND]
     assert [row.reason for row in (good, empty, big, gone)] == reasons
+
+
+def test_names_and_metadata_that_are_no_utf_8_are_rows(tmp_path: Path) -> None:
+    pictures(tmp_path / "art", "a.png", "caf\udce9.png")  # as a latin-1 file system wrote it
+    (tmp_path / "art" / "metadata.jsonl").write_text('{"file_name": "a.png", "title": "half \\ud83d a smile"}\n')
+    settings = folder(tmp_path / "art")
+    good, bad = collect_block(works(settings), settings).rows
+    assert (good.status, good.title) == (OK, "half \\ud83d a smile")
+    assert (bad.status, bad.reason) == (REJECTED, Reason.REFUSED)
+    assert bad.error == f"its address is not UTF-8: {tmp_path}/art/caf\\udce9.png; rename it"
+    dataset = Dataset(str(tmp_path / "dataset"))
+    table = dataset.put_rows("images", [good.row(), bad.row()], IMAGES)
+    assert {row["id"] for row in dataset.rows([table])} == {good.id, bad.id}
+
+
+@given(st.lists(st.text(st.characters(codec=None), max_size=20), min_size=11, max_size=11))
+def test_whatever_a_source_tells_can_be_stored(texts: list[str]) -> None:
+    names = ("title", "artist", "date", "medium", "classification", "department", "credit", "rights", "url")
+    row = listed(texts[0], texts[1], **dict(zip(names, texts[2:], strict=True))).row()
+    assert all(text.encode() or True for text in row.values() if isinstance(text, str))
 
 
 def test_what_is_no_folder_is_an_error_that_names_it(tmp_path: Path) -> None:

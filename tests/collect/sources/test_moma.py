@@ -57,6 +57,18 @@ def test_works_not_on_view_are_counted_and_left_out(tmp_path: Path) -> None:
     assert len(works(moma(path, on_view_only=False))) == 4
 
 
+def test_the_works_that_a_run_asks_for_are_counted_before_the_first(tmp_path: Path) -> None:
+    path = collection(
+        tmp_path, *(f'{number},x,{number},u,"{"Floor" if number % 2 else ""}",' for number in range(9)), "a,x,1,u,Floor,"
+    )
+    source = open_source(moma(path), wanted=lambda id: id != "moma-3")
+    assert next(source.works()).id == "moma-1"
+    assert (source.expected, source.left_out["not on view"]) == (3, 1)
+    assert [work.id for work in source.works()] == [f"moma-{number}" for number in (1, 3, 5, 7)]
+    limited = open_source(moma(path, limit=2), wanted=lambda id: True)
+    assert (len(list(limited.works())), limited.expected) == (2, 2)
+
+
 def test_a_work_without_a_picture_is_a_rejected_row(tmp_path: Path) -> None:
     rejected, without_id = works(moma(collection(tmp_path, "a,x,1,,F,", "b,x,,u,F,")))
     assert (rejected.id, rejected.status, rejected.error) == ("moma-1", REJECTED, "no picture")
