@@ -55,7 +55,13 @@ def run(
         (tools / path).parent.mkdir(parents=True, exist_ok=True)
         (tools / path).write_text(text)
     shutil.copy(HOME / "deploy" / "gke.sh", here)
-    variables = {"PATH": f"{tools}:/usr/bin:/bin", "HOME": os.environ["HOME"], "RECORD": str(record), "FAILS": "nothing", **environment}
+    variables = {
+        "PATH": f"{tools}:/usr/bin:/bin",
+        "HOME": os.environ["HOME"],
+        "RECORD": str(record),
+        "FAILS": "nothing",
+        **environment,
+    }
     script = ["bash", str(here / "gke.sh"), *arguments]
     done = subprocess.run(script, env=variables, capture_output=True, text=True, check=False)
     return done, record.read_text().splitlines() if record.exists() else []
@@ -112,7 +118,12 @@ def test_everything_is_made_and_no_secret_is_in_a_command_line(tools: Path) -> N
 def test_another_gpu_in_the_settings_is_another_node_pool(tools: Path) -> None:
     gpu = """[{"runpod": "L4", "gke": "nvidia-l4", "gke_machines": {"2": "g2-standard-24"}, "memory_gb": 24, "tflops": 121,
       "gke_quota": "PREEMPTIBLE_NVIDIA_L4_GPUS", "runpod_usd_per_hour": 1, "gke_usd_per_hour": 1}]"""
-    changes = {"cluster.gpus": gpu, "cluster.gpus_per_node": "2", "cluster.max_workers": "3", "cluster.gcp_region": "europe-west4"}
+    changes = {
+        "cluster.gpus": gpu,
+        "cluster.gpus_per_node": "2",
+        "cluster.max_workers": "3",
+        "cluster.gcp_region": "europe-west4",
+    }
     done, asked = run(tools, settings=changes)
     assert done.returncode == 0, done.stderr
     (line,) = in_order(asked, ["node-pools create gpu"])

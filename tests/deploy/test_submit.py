@@ -79,7 +79,7 @@ def test_no_cluster_at_the_address() -> None:
 
 class Cluster:
     def __init__(self, folder: Path) -> None:
-        self.dashboard, self.gcs, self.agent = free_port(), free_port(), free_port()
+        self.dashboard, self.gcs, self.agent, self.client = free_port(), free_port(), free_port(), free_port()
         self.environment = {
             **os.environ,
             "RAY_AUTH_MODE": "token",
@@ -95,6 +95,7 @@ class Cluster:
             f"--dashboard-port={self.dashboard}",
             "--dashboard-host=127.0.0.1",
             f"--dashboard-agent-listen-port={self.agent}",
+            f"--ray-client-server-port={self.client}",
             "--num-cpus=3",
             "--object-store-memory=100000000",
         ]
@@ -187,6 +188,36 @@ def test_every_control_endpoint_wants_the_token(cluster: Cluster) -> None:
     assert "nodes seen" not in refused.stdout
     told = cluster.run(sys.executable, "-m", "deploy.submit", "collect", "--config", "configs/demo.yaml", RAY_AUTH_TOKEN="wrong")
     assert "wants another token" in told.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["gcs", "client"])
+def test_gcs_and_ray_client_want_the_token_too(cluster: Cluster, which: str) -> None:
+    """In gRPC, as `ray.init("host:6379")` and `ray.init("ray://host:10001")` speak it."""
+    import grpc
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc, ray_client_pb2, ray_client_pb2_grpc
+
+    with grpc.insecure_channel(f"127.0.0.1:{getattr(cluster, which)}") as channel:
+        if which == "gcs":
+            ask, question = (
+                gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).GetAllNodeInfo,
+                gcs_service_pb2.GetAllNodeInfoRequest(),
+            )
+        else:
+            ask, question = ray_client_pb2_grpc.RayletDriverStub(channel).ClusterInfo, ray_client_pb2.ClusterInfoRequest()
+
+        def answered(**metadata: str) -> grpc.StatusCode:
+            try:
+                ask(question, metadata=list(metadata.items()), timeout=20, wait_for_ready=True)
+            except grpc.RpcError as error:
+                return error.code()
+            return grpc.StatusCode.OK
+
+        assert answered() == grpc.StatusCode.UNAUTHENTICATED
+        assert answered(authorization="Bearer wrong") == grpc.StatusCode.UNAUTHENTICATED
+        # Ray Client goes on to look for a session of ours.
+        known = {"gcs": grpc.StatusCode.OK, "client": grpc.StatusCode.NOT_FOUND}[which]
+        assert answered(authorization=f"Bearer {TOKEN}") == known
 
 
 def published(base: Path, root: Path) -> tuple[Settings, list[str]]:

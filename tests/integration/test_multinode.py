@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from deploy import kuberay
 from momalisa.checkpoint import Checkpoint, read_all
 from momalisa.config import Settings, from_file
 from momalisa.storage import Store
@@ -32,6 +34,13 @@ SIZE = {
     "train.learning_rate": 1e-3, "train.checkpoint_every_images": EVERY, "train.evaluate_every_steps": 100000,
     "train.evaluation_prompts": "[]", "train.max_failures": 5, "wandb.mode": "disabled",
 }  # fmt: skip
+
+
+def pre_stop() -> list[str]:
+    """What Kubernetes runs in a GPU worker before its SIGTERM: it returns when the notice is over."""
+    group = kuberay.gpu_workers(from_file(str(HOME / "configs" / "sd14.yaml")).cluster)
+    (container,) = group["template"]["spec"]["containers"]
+    return list(container["lifecycle"]["preStop"]["exec"]["command"])
 
 
 class Site:
@@ -77,7 +86,7 @@ class Site:
         elif fault == "partition":
             self.machines.cut(host.name)
         else:
-            host.run("python -m deploy.drain --within-s 25")
+            host.run(shlex.join(pre_stop()))
 
 
 @pytest.fixture(scope="module")
