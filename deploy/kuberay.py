@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from deploy.redis import redis
+from deploy.served import on_gpus
 from momalisa.config import Cluster, Settings
 
 RAY_VERSION = "2.60.0"
@@ -150,14 +151,9 @@ def ray_job(settings: Settings, stage: str, config: str, home: Path) -> Object:
 
 def ray_service(settings: Settings, config: str, home: Path) -> Object:
     """The endpoint. A new image or cluster is brought up beside the old one, and traffic moves over in steps."""
-    served = yaml.safe_load((home / "serve" / "config.yaml").read_text())
+    served = on_gpus(settings, config, home)
     served["proxy_location"] = "EveryNode"
     served["http_options"]["host"] = "0.0.0.0"  # noqa: S104  # inside the cluster; the gateway is in front
-    (application,) = served["applications"]
-    application["args"] |= {"config": config}  # relative to $MOMALISA_HOME
-    generator = next(item for item in application["deployments"] if item["name"] == "Generator")
-    generator["ray_actor_options"] = {"num_cpus": 1, "num_gpus": 1}
-    generator["autoscaling_config"]["max_replicas"] = settings.cluster.max_workers * settings.cluster.gpus_per_node
     spec = {
         "serveConfigV2": yaml.safe_dump(served, sort_keys=False),
         "upgradeStrategy": {

@@ -1,4 +1,4 @@
-"""Writes cluster.yaml and deploy/gke/ from one settings file, so that they cannot drift apart.
+"""Writes cluster.yaml, serve/runpod.yaml and deploy/gke/ from one settings file, so that they cannot drift apart.
 
 python -m deploy.manifests --config configs/sd14.yaml          write them
 python -m deploy.manifests --config configs/sd14.yaml --check  exit 1 and name the file that is not what they say
@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from deploy import kuberay, runpod_cluster
+from deploy import kuberay, runpod_cluster, served
 from momalisa.config import ConfigError, Settings, from_file
 
 HOME = Path(__file__).parents[1]
@@ -23,8 +23,18 @@ NOTE = "# Made by `python -m deploy.manifests --config {config}` from the sectio
 def rendered(settings: Settings, config: str) -> dict[Path, str]:
     """{path in the repository: text}."""
     files = {Path("cluster.yaml"): (runpod_cluster.HEADER, [runpod_cluster.document(settings.cluster)])}
+    files[Path("serve/runpod.yaml")] = (served.HEADER, [served.on_gpus(settings, config, HOME)])
     files |= {Path("deploy/gke") / name: ("", documents) for name, documents in kuberay.documents(settings, config, HOME).items()}
     return {path: NOTE.format(config=config) + head + dump(documents) for path, (head, documents) in files.items()}
+
+
+def drifted(settings: Settings, config: str) -> dict[Path, str]:
+    """Of `rendered`, what the repository has not, or otherwise."""
+    return {
+        path: text
+        for path, text in rendered(settings, config).items()
+        if not (HOME / path).is_file() or (HOME / path).read_text() != text
+    }
 
 
 def dump(documents: list[dict[str, Any]]) -> str:
@@ -47,13 +57,10 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     try:
-        files = rendered(from_file(str(HOME / options.config)), options.config)
+        files = drifted(from_file(str(HOME / options.config)), options.config)
     except ConfigError as error:
         sys.exit(str(error))
     for path, text in files.items():
-        there = (HOME / path).read_text() if (HOME / path).is_file() else None
-        if there == text:
-            continue
         if options.check:
             sys.exit(f"{path} is not what {options.config} says; run `make manifests`")
         (HOME / path).parent.mkdir(parents=True, exist_ok=True)

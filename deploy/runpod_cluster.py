@@ -9,8 +9,8 @@ from momalisa.config import Cluster
 SSH_PORT = 2222
 HEADER = """#
 # `ray up cluster.yaml` rents a head and, as jobs ask for GPUs, workers; `ray down cluster.yaml` gives all of them back.
-# $RUNPOD_API_KEY is read on the laptop; the nodes get their secrets from RunPod's secret store by name, the head's own
-# RUNPOD_API_KEY among them. docs/operations.md has the commands in order.
+# $RUNPOD_API_KEY is read on the laptop; the nodes get their secrets from RunPod's secret store by name, the head
+# RUNPOD_ACCOUNT_KEY too. docs/operations.md has the commands in order.
 """
 STOP = "ray stop"
 PREPARE = "ulimit -n 65536; . $MOMALISA_HOME/deploy/node.sh"
@@ -66,7 +66,8 @@ def provider(cluster: Cluster) -> dict[str, Any]:
         "usd_total_max": cluster.usd_total_max,
         "start_timeout_s": cluster.start_timeout_s,
         "secrets": list(cluster.secrets),
-        "environment": cluster.environment,
+        "head_secrets": list(cluster.head_secrets),
+        "environment": cluster.environment | {"MOMALISA_ORPHAN_S": str(60 * cluster.orphan_minutes)},
     }
 
 
