@@ -169,7 +169,7 @@ class Machines:
         users = f"root:x:0:0::{home}:/bin/bash\nray:x:1000:1000::{home}:/bin/bash\nsshd:x:100:65534::/run/sshd:/usr/sbin/nologin\n"
         (folder / "passwd").write_text(users)
         os.chown(home, self.uid, self.uid)
-        become = f"setpriv --reuid {self.uid} --regid {self.uid} --clear-groups " if self.uid else ""
+        become = f"setpriv --reuid {self.uid} --regid {self.uid} --clear-groups --pdeathsig KILL " if self.uid else ""
         script = (
             f"mount --bind {folder}/passwd /etc/passwd && mount --bind {folder}/ray /tmp/ray && "
             f"exec {become}{HOME}/deploy/entrypoint.sh"
