@@ -295,13 +295,14 @@ def test_a_stopped_job_goes_on_from_its_very_step(cluster: Cluster, tiny_base: P
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_stop_while_workers_wait_for_room_ends_at_once(cluster: Cluster, tiny_base: Path, tmp_path: Path) -> None:
     _, options = published(tiny_base, tmp_path)
     command = [sys.executable, "-m", "deploy.submit", "train", "--config", "configs/demo.yaml", *options, "--train.cpus_per_worker=9"]
     with subprocess.Popen(command, cwd=HOME, env=cluster.environment, stdout=subprocess.PIPE, text=True) as waiting:
         assert waiting.stdout is not None
         (name,) = re.findall(r"submitted (train-[\d-]+)", waiting.stdout.readline())
-        cluster.until(lambda: cluster.processes("ray::TrainController"), 90, "the job waits for its workers")
+        cluster.until(lambda: cluster.processes("ray::TrainController"), 240, "the job waits for its workers")
         began = time.monotonic()
         assert cluster.run(str(BIN / "ray"), "job", "stop", name).returncode == 0
         assert time.monotonic() - began < 30  # it would wait for 60
@@ -311,6 +312,7 @@ def test_a_stop_while_workers_wait_for_room_ends_at_once(cluster: Cluster, tiny_
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_endpoint_of_a_rented_cluster(cluster: Cluster, promoted_root: Path, tmp_path: Path) -> None:
     """serve/runpod.yaml as it is, but for the settings file, which names the miniature, and the port."""
     config = yaml.safe_load((HOME / "serve" / "runpod.yaml").read_text())
@@ -322,7 +324,7 @@ def test_the_endpoint_of_a_rented_cluster(cluster: Cluster, promoted_root: Path,
     deployed = cluster.run(str(BIN / "serve"), "deploy", str(tmp_path / "served.yaml"), *where)
     assert deployed.returncode == 0, deployed.stderr[-3000:]
     try:
-        cluster.until(lambda: cluster.status(port, "/healthz", None) == 200, 120, "it serves")
+        cluster.until(lambda: cluster.status(port, "/healthz", None) == 200, 240, "it serves")
         used = cluster.run(str(BIN / "ray"), "status", "--address", f"127.0.0.1:{cluster.gcs}", RAY_ADDRESS="").stdout
         assert "1.0/1.0 GPU" in used
     finally:
