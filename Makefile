@@ -11,7 +11,7 @@ CONFIG ?= configs/demo.yaml
 ON ?= runpod
 
 .DEFAULT_GOAL := help
-.PHONY: help demo stop test test-slow check format submit plan manifests gke gke-down lock image-check sbom audit weights evaluate clean-venv
+.PHONY: help demo stop test test-slow check format submit plan cloud manifests gke gke-down lock image-check sbom audit weights evaluate clean-venv
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,13 +48,16 @@ format: $(VENV)/.ready ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-submit: $(VENV)/.ready ## one stage on a running cluster: make submit STAGE=train CONFIG=configs/sd14.yaml
-	$(BIN)/python -m deploy.submit $(STAGE) --config $(CONFIG) $(ARGS)
+submit: $(VENV)/.ready ## one stage on a running cluster: make submit STAGE=train CONFIG=configs/sd14.yaml ON=runpod
+	$(BIN)/python -m deploy.submit $(STAGE) --config $(CONFIG) --on $(ON) $(ARGS)
 
 plan: $(VENV)/.ready ## what a run will cost: make plan CONFIG=configs/sd14.yaml ON=runpod
 	$(BIN)/python -m ray_jobs.plan --config $(CONFIG) --on $(ON) $(ARGS)
 
-manifests: $(VENV)/.ready ## cluster.yaml and deploy/gke from the settings of configs/sd14.yaml (or CONFIG=...)
+cloud: $(VENV)/.ready ## RunPod from end to end: rent, pipeline, serve until Ctrl-C, give back: make cloud CONFIG=configs/sd14.yaml
+	$(BIN)/python -m deploy.once --config $(CONFIG) $(if $(KEEP),--keep) $(ARGS)
+
+manifests: $(VENV)/.ready ## cluster.yaml, serve/runpod.yaml and deploy/gke from the settings of configs/sd14.yaml (or CONFIG=...)
 	$(BIN)/python -m deploy.manifests --config $(if $(filter file,$(origin CONFIG)),configs/sd14.yaml,$(CONFIG))
 
 gke: ## what deploy/gke says on GKE: cluster, node pools, bucket, bindings (needs gcloud, kubectl, helm)

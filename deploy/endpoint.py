@@ -1,4 +1,4 @@
-"""serve/config.yaml for machines with GPUs, open to the network around them: what GKE and docker compose put up.
+"""serve/config.yaml for machines with GPUs, open to the network around them: what GKE, RunPod and docker compose put up.
 
 python -m deploy.endpoint --config configs/sd14.yaml [--root=gs://bucket/moma ...] > serve.yaml
 """
@@ -14,10 +14,11 @@ import yaml
 HOME = Path(__file__).parents[1]
 
 
-def document(config: str, overrides: list[str], max_replicas: int) -> dict[str, Any]:
-    """A Serve file; `config` is relative to $MOMALISA_HOME. A container's own loopback is nobody's, so it listens everywhere."""
+def document(config: str, overrides: list[str], max_replicas: int, host: str = "0.0.0.0") -> dict[str, Any]:  # noqa: S104
+    """A Serve file; `config` is relative to $MOMALISA_HOME. A container's own loopback is nobody's, so it listens everywhere:
+    what is published, and to whom, is the container's affair."""
     served: dict[str, Any] = yaml.safe_load((HOME / "serve" / "config.yaml").read_text())
-    served["http_options"]["host"] = "0.0.0.0"  # noqa: S104  # what is published, and to whom, is the container's affair
+    served["http_options"]["host"] = host
     (application,) = served["applications"]
     application["args"] |= {"config": config, "overrides": overrides}
     generator = next(item for item in application["deployments"] if item["name"] == "Generator")

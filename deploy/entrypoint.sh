@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The container's first process. With a PUBLIC_KEY (RunPod) it leaves its environment for SSH logins and starts sshd; then
-# it runs what it is told (KubeRay, docker compose), or waits for `ray up`.
+# it runs what it is told (KubeRay, docker compose), or waits for `ray up`, and gives its pod back where no raylet runs for long.
 set -euo pipefail
 umask 077
 
@@ -10,7 +10,7 @@ if [ -n "${GOOGLE_CREDENTIALS_JSON:-}" ]; then
   export GOOGLE_APPLICATION_CREDENTIALS="$HOME/.google-credentials.json"
 fi
 unset GOOGLE_CREDENTIALS_JSON
-for secret in RUNPOD_API_KEY RAY_AUTH_TOKEN WANDB_API_KEY; do # an empty one would count as a wrong one
+for secret in RUNPOD_API_KEY RUNPOD_ACCOUNT_KEY RAY_AUTH_TOKEN WANDB_API_KEY; do # an empty one would count as a wrong one
   [ -n "${!secret:-}" ] || unset "$secret"
 done
 
@@ -32,4 +32,15 @@ if [ "$#" -gt 0 ]; then
   exec "$@"
 fi
 trap 'exit 0' TERM INT
-while :; do sleep 3600 & wait $!; done
+# A raylet ends when its head is lost, and without a head nobody else would give this pod back or count what it costs. Before
+# the first one Ray has its own patience with a new node, 900 s.
+limit_s=${MOMALISA_ORPHAN_S:-} seen=$((SECONDS + 900))
+while :; do
+  sleep 5 & wait $!
+  if [ -z "$limit_s" ] || pgrep -x raylet > /dev/null; then
+    seen=$SECONDS
+  elif [ $((SECONDS - seen)) -ge "$limit_s" ]; then
+    echo "entrypoint: no raylet for $limit_s s: this pod gives itself back" >&2
+    (cd "$MOMALISA_HOME" && python -m deploy.runpod leave) || sleep 60 # and again
+  fi
+done

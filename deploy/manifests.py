@@ -1,4 +1,4 @@
-"""Writes cluster.yaml and deploy/gke/ from one settings file, so that they cannot drift apart.
+"""Writes cluster.yaml, serve/runpod.yaml and deploy/gke/ from one settings file, so that they cannot drift apart.
 
 python -m deploy.manifests --config configs/sd14.yaml          write them
 python -m deploy.manifests --config configs/sd14.yaml --check  exit 1 and name the file that is not what they say
@@ -24,9 +24,19 @@ def rendered(settings: Settings, config: str) -> dict[Path, str]:
     """{path in the repository: text}."""
     files = {Path("deploy/gke/cluster.env"): kuberay.script_settings(settings)}
     files |= {Path("deploy/gke") / name: dump(documents) for name, documents in kuberay.documents(settings, config, HOME).items()}
+    files[Path("serve/runpod.yaml")] = runpod_cluster.SERVED + dump([runpod_cluster.served(settings.cluster, config)])
     if not settings.cluster.tls:  # RunPod's nodes would not have it
         files[Path("cluster.yaml")] = runpod_cluster.HEADER + dump([runpod_cluster.document(settings.cluster)])
     return {path: NOTE.format(config=config) + text for path, text in files.items()}
+
+
+def drifted(settings: Settings, config: str) -> dict[Path, str]:
+    """Of `rendered`, what the repository has not, or otherwise."""
+    return {
+        path: text
+        for path, text in rendered(settings, config).items()
+        if not (HOME / path).is_file() or (HOME / path).read_text() != text
+    }
 
 
 def dump(documents: list[dict[str, Any]]) -> str:
@@ -50,7 +60,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         settings = from_file(str(HOME / options.config))
-        files = rendered(settings, options.config)
+        files = drifted(settings, options.config)
     except ValueError as error:
         sys.exit(str(error))
     if settings.cluster.tls:
@@ -58,9 +68,6 @@ def main() -> None:
             "cluster.yaml is left as it is: cluster.tls=true is for GKE alone, RunPod's nodes have no certificates (SECURITY.md)"
         )
     for path, text in files.items():
-        there = (HOME / path).read_text() if (HOME / path).is_file() else None
-        if there == text:
-            continue
         if options.check:
             sys.exit(f"{path} is not what {options.config} says; run `make manifests`")
         (HOME / path).parent.mkdir(parents=True, exist_ok=True)

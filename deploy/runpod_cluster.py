@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from deploy import endpoint
 from momalisa.config import Cluster
 
 SSH_PORT = 2222
 HEADER = """#
 # `ray up cluster.yaml` rents a head and, as jobs ask for GPUs, workers; `ray down cluster.yaml` gives all of them back.
-# $RUNPOD_API_KEY is read on the laptop; the nodes get their secrets from RunPod's secret store by name, the head's own
-# RUNPOD_API_KEY among them. docs/operations.md has the commands in order.
+# $RUNPOD_API_KEY is read on the laptop; the nodes get their secrets from RunPod's secret store by name, the head
+# RUNPOD_ACCOUNT_KEY too. docs/operations.md has the commands in order.
+"""
+SERVED = """#
+# `serve deploy serve/runpod.yaml` puts it on the cluster at http://127.0.0.1:8265, where `ray dashboard cluster.yaml` puts the
+# head. The settings file is the image's own: edit it before you build. The endpoint listens on the head's loopback:
+# `ray dashboard --port 8000 --remote-port 8000 cluster.yaml` brings it here.
 """
 STOP = "ray stop"
 PREPARE = "ulimit -n 65536; . $MOMALISA_HOME/deploy/node.sh"
@@ -19,6 +25,11 @@ HEAD = (
     "--autoscaling-config=~/ray_bootstrap_config.yaml"
 )
 WORKER = f"{PREPARE}; ray start --address=$RAY_HEAD_IP:6379 --node-ip-address=$NODE_IP --disable-usage-stats"
+
+
+def served(cluster: Cluster, config: str) -> dict[str, Any]:
+    """What Serve is given there: a generator on each GPU, behind the head's loopback."""
+    return endpoint.document(config, [], cluster.max_workers * cluster.gpus_per_node, host="127.0.0.1")
 
 
 def document(cluster: Cluster) -> dict[str, Any]:
@@ -66,7 +77,8 @@ def provider(cluster: Cluster) -> dict[str, Any]:
         "usd_total_max": cluster.usd_total_max,
         "start_timeout_s": cluster.start_timeout_s,
         "secrets": list(cluster.secrets),
-        "environment": cluster.environment,
+        "head_secrets": list(cluster.head_secrets),
+        "environment": cluster.environment | {"MOMALISA_ORPHAN_S": str(60 * cluster.orphan_minutes)},
     }
 
 

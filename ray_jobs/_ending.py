@@ -26,18 +26,19 @@ class Bell:
     """An actor between a job and its workers, which outlives them: it knows how far those before came."""
 
     def __init__(self) -> None:
-        self._rung, self._left, self._at = False, "", 0
+        self._rung, self._left, self._at, self._training = False, "", 0, False
         self._hopeless: dict[int, tuple[str, str]] = {}
 
-    def ring(self) -> None:
-        """What workers said that left before, because of a machine's notice, is no answer to this."""
+    def ring(self) -> bool:
+        """What workers said that left before, because of a machine's notice, is no answer to this; returns whether any train."""
         self._rung, self._left = True, ""
+        return self._training
 
     def rung(self) -> bool:
         return self._rung
 
     def leave(self, said: str) -> None:
-        self._left = said
+        self._left, self._training = said, False
 
     def left(self) -> str:
         return self._left
@@ -56,7 +57,7 @@ class Bell:
 
     def begin(self, images_seen: int) -> int:
         """New workers go on from here; returns how many images the last ones had seen beyond that."""
-        again, self._at = max(self._at - images_seen, 0), images_seen
+        again, self._at, self._training = max(self._at - images_seen, 0), images_seen, True
         return again
 
 
@@ -74,8 +75,10 @@ def stoppable() -> Iterator[Any]:
         asked.wait()
         if over.is_set():
             return
+        if not ray.get(bell.ring.remote()):
+            print("train: stopped, no worker had begun; the same command starts again", flush=True)
+            os._exit(STOPPED)
         print("train: asked to stop; writing a checkpoint of this step first", flush=True)
-        ray.get(bell.ring.remote())
         while not (said := ray.get(bell.left.remote())):
             if over.wait(POLL_S):
                 return

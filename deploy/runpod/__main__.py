@@ -1,4 +1,5 @@
 """The account's pods of MOMA Lisa: `python -m deploy.runpod ls`, and `gc` to give back what no cluster owns any more.
+(`leave` is for a pod's own use: it gives that very pod back.)
 
 A worker is nobody's when its cluster has no head (its head was terminated by hand, or died), and a pod that failed is of
 no use. Pods that were not made by this program are never touched.
@@ -7,11 +8,12 @@ no use. Pods that were not made by this program are never touched.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import Any
 
 from deploy.runpod.client import FAILED, Client, Pod, RunpodError
-from deploy.runpod.node_provider import CLUSTER, kind_of
+from deploy.runpod.node_provider import CLUSTER, POD_ID, kind_of
 
 
 def ours(pods: list[Pod]) -> list[Pod]:
@@ -33,6 +35,9 @@ def line(pod: Pod) -> str:
 def run(options: Any) -> None:
     """Raises RunpodError."""
     client = Client.from_environment()
+    if options.command == "leave":
+        client.terminate(os.environ[POD_ID])
+        return
     found = ours(pods := client.pods())
     if options.command == "ls":
         for pod in found:
@@ -53,6 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m deploy.runpod", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("ls", help="this program's pods and what they cost")
+    commands.add_parser("leave", help="on a pod: give this pod back")
     commands.add_parser("gc", help="give back pods that no cluster owns").add_argument("--yes", action="store_true")
     try:
         run(parser.parse_args())

@@ -1,6 +1,7 @@
 """RunPod's REST API v2: pods and GPU types. https://docs.runpod.io/api-reference-v2
 
-The key comes from $RUNPOD_API_KEY alone and goes into one header; no message or repr holds it.
+The key comes from the environment alone and goes into one header; no message or repr holds it. RunPod puts a RUNPOD_API_KEY
+of its own into each pod, which may do little but delete that pod: a head has the account's as RUNPOD_ACCOUNT_KEY.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import httpx
 from momalisa.redaction import redact
 
 KEY = "RUNPOD_API_KEY"
+ACCOUNT_KEY = "RUNPOD_ACCOUNT_KEY"
 URL = "MOMALISA_RUNPOD_URL"
 DEFAULT_URL = "https://api.runpod.io"
 GONE = {"TERMINATED"}
@@ -40,6 +42,10 @@ class NoKey(RunpodError):
 
 class NoCapacity(RunpodError):
     """This GPU type cannot be placed here now; another one may."""
+
+
+class NotAllowed(NoCapacity):
+    """The key may not create pods, or the account may not use this GPU type here: RunPod does not say which."""
 
 
 class NoMoney(RunpodError):
@@ -69,8 +75,8 @@ class Client:
 
     @classmethod
     def from_environment(cls, patience_s: float = 120.0) -> Client:
-        """Raises NoKey where $RUNPOD_API_KEY is not set."""
-        key = os.environ.get(KEY, "").strip()
+        """Raises NoKey where neither $RUNPOD_ACCOUNT_KEY nor $RUNPOD_API_KEY is set."""
+        key = (os.environ.get(ACCOUNT_KEY) or os.environ.get(KEY, "")).strip()
         if not key:
             raise NoKey(0, f"{KEY} is not set; make a key at https://console.runpod.io/user/settings and export it")
         return cls(os.environ.get(URL, DEFAULT_URL).rstrip("/"), key, patience_s)
@@ -217,7 +223,7 @@ def refusal(method: str, path: str, answer: httpx.Response) -> RunpodError:
         if any(word in said.lower() for word in ("quota", "spend limit", "spending limit")):
             return NoMoney(status, f"the RunPod account's quota is used up ({said}); ask RunPod to raise it or give pods back")
         if status in (400, 403):
-            return NoCapacity(status, said)
+            return (NoCapacity if status == 400 else NotAllowed)(status, said)
         return BadRequest(status, f"RunPod refused the pod ({said})")
     if status == 403:
         return NoKey(status, f"this {KEY} may not {method} {path} ({said}); give it read and write access to pods")

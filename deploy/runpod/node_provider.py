@@ -23,10 +23,18 @@ import click
 from ray.autoscaler._private.command_runner import SSHCommandRunner
 from ray.autoscaler.node_launch_exception import NodeLaunchException
 from ray.autoscaler.node_provider import NodeProvider
-from ray.autoscaler.tags import NODE_KIND_HEAD, NODE_KIND_WORKER, STATUS_UP_TO_DATE, TAG_RAY_NODE_KIND, TAG_RAY_NODE_STATUS
+from ray.autoscaler.tags import (
+    NODE_KIND_HEAD,
+    NODE_KIND_WORKER,
+    STATUS_UP_TO_DATE,
+    STATUS_UPDATE_FAILED,
+    TAG_RAY_NODE_KIND,
+    TAG_RAY_NODE_STATUS,
+)
 
-from deploy.runpod.client import FAILED, Client, NoCapacity, NoMoney, Pod, RunpodError, Unreachable
+from deploy.runpod.client import FAILED, KEY, Client, NoCapacity, NoKey, NoMoney, NotAllowed, Pod, RunpodError, Unreachable
 from deploy.runpod.spend import Ledger, made_at
+from momalisa.config.cluster import PLACEHOLDER
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +122,9 @@ class RunpodNodeProvider(NodeProvider):
     def set_node_tags(self, node_id: str, tags: dict[str, str]) -> None:
         with self._lock:
             self._later_tags.setdefault(node_id, {}).update(tags)
+            pod = self._pods.get(node_id)
+        if pod is not None and tags.get(TAG_RAY_NODE_STATUS) == STATUS_UPDATE_FAILED and kind_of(pod) == NODE_KIND_HEAD:
+            self._head_failed(pod)
 
     def internal_ip(self, node_id: str) -> str | None:  # type: ignore[override]  # Ray waits for it
         """The address in RunPod's global network; None until it is given."""
@@ -189,6 +200,7 @@ class RunpodNodeProvider(NodeProvider):
         except RunpodError as error:
             raise ProviderError(str(error)) from None
         for name, node_type in cluster_config["available_node_types"].items():
+            check_image(name, node_type)
             check_gpus(name, node_type, known)
         return cluster_config
 
@@ -245,6 +257,15 @@ class RunpodNodeProvider(NodeProvider):
             self._given_back.add(pod["id"])
             self._forget(pod["id"])
 
+    def _head_failed(self, pod: Pod) -> None:
+        """`ray up` could not set it up. What it rented itself goes; a head that was there before may be worth a look."""
+        if pod["id"] in self._born:
+            self._give_back(pod, "it could not be set up, the reason is below")
+            return
+        logger.error(
+            "pod %s is still rented, for $%.2f/h: `ray up` tries again, `ray down` gives it back", pod["name"], pod["cost"]
+        )
+
     def _forget(self, node_id: str) -> None:
         self._pods.pop(node_id, None)
         self._born.pop(node_id, None)
@@ -267,6 +288,7 @@ class RunpodNodeProvider(NodeProvider):
         kind = tags[TAG_RAY_NODE_KIND]
         name = f"{self.cluster_name}-{kind}" + ("" if kind == NODE_KIND_HEAD else f"-{uuid.uuid4().hex[:12]}")
         refused: list[str] = []
+        errors: list[NoCapacity] = []
         for gpu in node_config["gpus"]:
             room = float(self.provider_config["usd_per_hour_max"]) - self._usd_per_hour()
             if (price := self._price(gpu) * node_config["gpus_per_node"]) > room:
@@ -276,7 +298,13 @@ class RunpodNodeProvider(NodeProvider):
                 try:
                     return self.client.create(self._body(node_config, tags, name, gpu, region))
                 except NoCapacity as error:
+                    errors.append(error)
                     refused.append(f"{gpu}{f' in {region}' if region else ''}: {error}")
+        if errors and all(isinstance(error, NotAllowed) for error in errors):
+            raise NoKey(
+                403,
+                f"this {KEY} may not create pods ({'; '.join(refused)}); give it read and write access to pods in the console",
+            )
         raise NoCapacity(0, f"no GPU could be had: {'; '.join(refused)}. Add GPU types or regions, or try again later")
 
     def _check_caps(self, tags: dict[str, str]) -> None:
@@ -309,8 +337,11 @@ class RunpodNodeProvider(NodeProvider):
         return self._prices[gpu]
 
     def _body(self, node_config: dict[str, Any], tags: dict[str, str], name: str, gpu: str, region: str | None) -> dict[str, Any]:
-        """A CreatePodRequest. Secrets are references that RunPod fills in."""
-        secrets = {secret: f"{{{{ RUNPOD_SECRET_{secret} }}}}" for secret in self.provider_config["secrets"]}
+        """A CreatePodRequest. Secrets are references that RunPod fills in; a worker gets no key that could rent."""
+        names = [*self.provider_config["secrets"]]
+        if tags[TAG_RAY_NODE_KIND] == NODE_KIND_HEAD:
+            names += self.provider_config["head_secrets"]
+        secrets = {secret: f"{{{{ RUNPOD_SECRET_{secret} }}}}" for secret in names}
         own = {
             CLUSTER: self.cluster_name,
             OWNER: self.provider_config["owner"],
@@ -382,6 +413,16 @@ def kind_of(pod: Pod) -> str:
 
 def unknown_gpu(gpu: str, known: Any) -> str:
     return f"{gpu!r} is no GPU type of RunPod's; it has: {', '.join(sorted(known))}"
+
+
+def check_image(name: str, node_type: dict[str, Any]) -> None:
+    """Raises ProviderError for an image that cannot be: a pod would be paid for until it is given up."""
+    image = str(node_type["node_config"]["image"])
+    if PLACEHOLDER in image:
+        raise ProviderError(
+            f"available_node_types.{name}: the image {image!r} is a placeholder; push yours, name it in cluster.image of your "
+            f"settings, and run `make manifests`"
+        )
 
 
 def check_gpus(name: str, node_type: dict[str, Any], known: dict[str, dict[str, Any]]) -> None:

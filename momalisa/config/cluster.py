@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from momalisa.config.section import Positive, Section
 
 Usd = Annotated[float, Field(gt=0)]
+PLACEHOLDER = "YOUR-"  # stands in values that everybody must edit
 
 
 class Gpu(Section):
@@ -89,10 +90,14 @@ class Cluster(Section):
     """At this sum the provider gives every pod back, the head last."""
     tls: bool = False
     """Mutual TLS between the nodes of a GKE cluster (KubeRay and cert-manager); RunPod is refused, see SECURITY.md."""
-    start_timeout_s: Positive = 900
-    """A pod that does not run by then is given back (an image that cannot be pulled looks like this)."""
-    secrets: tuple[str, ...] = ("RUNPOD_API_KEY", "RAY_AUTH_TOKEN", "WANDB_API_KEY", "GOOGLE_CREDENTIALS_JSON")
+    start_timeout_s: Annotated[int, Field(ge=1, lt=900)] = 840
+    """A pod that does not run by then is given back (an image that cannot be pulled looks like this). Ray gives up at 900."""
+    orphan_minutes: Positive = 15
+    """A RunPod pod whose raylet ended so long ago gives itself back: its head died. One never set up has Ray's 900 s more."""
+    secrets: tuple[str, ...] = ("RAY_AUTH_TOKEN", "WANDB_API_KEY", "GOOGLE_CREDENTIALS_JSON")
     """Names of secrets that nodes get, from RunPod's secret store. Values are never in a file."""
+    head_secrets: tuple[str, ...] = ("RUNPOD_ACCOUNT_KEY",)
+    """Those that only RunPod's head gets: the key it rents with. (RUNPOD_API_KEY is taken: each pod gets one for itself alone.)"""
     gcp_project: str = "YOUR-PROJECT"
     gcp_region: str = "us-central1"
     link_mbit_per_s: Usd = 100.0

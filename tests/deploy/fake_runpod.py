@@ -63,6 +63,7 @@ class FakeRunpod:
     down: bool = False
     pods: dict[str, dict[str, Any]] = field(default_factory=dict)
     made: list[str] = field(default_factory=list)  # every name ever
+    dearest: float = 0.0  # USD per hour of all pods that ever ran or started at a time
     terminated: list[str] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
     violations: list[str] = field(default_factory=list)
@@ -119,8 +120,11 @@ class FakeRunpod:
         self.asked.append(f"{method} {path}")
         if self.down:
             return problem(503, "Service Unavailable", "upstream is down")
-        if request.headers.get("Authorization") != f"Bearer {KEY}":
+        key = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if key != KEY and (pod_id := key.removeprefix(f"{KEY}-of-")) not in self.pods:
             return problem(401, "Unauthorized", "invalid bearer token")
+        if key != KEY and (method, path) != ("DELETE", f"/v2/pods/{pod_id}"):
+            return problem(403, "Forbidden", "access denied")
         fault = next((f for f in self.faults if f.times > 0 and f.method == method and re.fullmatch(f.path, path)), None)
         if fault:
             fault.times -= 1
@@ -182,6 +186,8 @@ class FakeRunpod:
             return problem(400, "Bad Request", "There are no instances currently available")
         pod_id = f"pod{len(self.made):04d}x"
         self.made.append(body["name"])
+        price = GPUS[wanted] * body["gpu"]["count"]
+        self.dearest = max(self.dearest, price + sum(self._price(there) for there in list(self.pods)))
         fate = "ERROR" if self.dying > 0 else "PROVISIONING" if body["image"] in self.unpullable else "RUNNING"
         self.dying -= fate == "ERROR"
         words = f"error pulling image {body['image']}: manifest unknown" if fate == "PROVISIONING" else "create container"
@@ -190,9 +196,15 @@ class FakeRunpod:
         }  # fmt: skip
         if self.host and fate == "RUNNING":
             env = {key: self._filled(value) for key, value in body["env"].items()}
-            self.pods[pod_id]["ip"] = self.host.start(pod_id, {**env, "RUNPOD_POD_ID": pod_id})
+            own = {"RUNPOD_POD_ID": pod_id, "RUNPOD_API_KEY": f"{KEY}-of-{pod_id}"}  # RunPod's, whatever was asked for
+            self.pods[pod_id]["ip"] = self.host.start(pod_id, {**env, **own})
             self.remap(pod_id)
         return self._ok("Pod", self._shown(pod_id, fresh=True), 201)
+
+    def _price(self, pod_id: str) -> float:
+        """USD per hour of a pod that runs or is starting."""
+        gpu = self.pods[pod_id]["body"]["gpu"]
+        return 0.0 if self.status(pod_id) in ("ERROR", "EXITED") else GPUS[gpu["id"]] * gpu["count"]
 
     def _filled(self, value: str) -> str:
         return self.secrets.get(found[1], "") if (found := REFERENCE.match(value)) else value

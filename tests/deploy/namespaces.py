@@ -114,6 +114,7 @@ class Machines:
 
     folder: Path
     image: dict[str, str] = field(default_factory=dict)  # the environment that the container image brings
+    uid: int = 0  # of its first process and what comes of it; 1000 is the image's `ray`
     machines: dict[str, Machine] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -165,9 +166,13 @@ class Machines:
         ip("-n", space, "route", "add", "default", "via", self.gateway)
         Path("/tmp/ray").mkdir(exist_ok=True)
         home = folder / "root"  # this machine's own passwd names it: the host's python may lie below /root
-        (folder / "passwd").write_text(f"root:x:0:0::{home}:/bin/bash\nsshd:x:100:65534::/run/sshd:/usr/sbin/nologin\n")
+        users = f"root:x:0:0::{home}:/bin/bash\nray:x:1000:1000::{home}:/bin/bash\nsshd:x:100:65534::/run/sshd:/usr/sbin/nologin\n"
+        (folder / "passwd").write_text(users)
+        os.chown(home, self.uid, self.uid)
+        become = f"setpriv --reuid {self.uid} --regid {self.uid} --clear-groups --pdeathsig KILL " if self.uid else ""
         script = (
-            f"mount --bind {folder}/passwd /etc/passwd && mount --bind {folder}/ray /tmp/ray && exec {HOME}/deploy/entrypoint.sh"
+            f"mount --bind {folder}/passwd /etc/passwd && mount --bind {folder}/ray /tmp/ray && "
+            f"exec {become}{HOME}/deploy/entrypoint.sh"
         )
         container = ["unshare", "--mount", "--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc", "bash", "-c", script]
         base = {

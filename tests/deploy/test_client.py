@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from deploy.runpod import client as clients
-from deploy.runpod.client import BadRequest, Client, NoCapacity, NoKey, NoMoney, Unreachable
+from deploy.runpod.client import BadRequest, Client, NoCapacity, NoKey, NoMoney, NotAllowed, Unreachable
 from tests.deploy.fake_runpod import DOCUMENT, KEY, FakeRunpod, Fault
 
 BODY = {
@@ -81,7 +81,7 @@ def test_an_answer_that_was_lost_makes_no_second_pod(client: Client, runpod: Fak
     ("fault", "error", "said"),
     [
         (Fault("POST", "/v2/pods", 400, detail="no instances"), NoCapacity, "no instances"),
-        (Fault("POST", "/v2/pods", 403, detail="pool"), NoCapacity, "pool"),
+        (Fault("POST", "/v2/pods", 403, detail="access denied"), NotAllowed, "access denied"),
         (Fault("POST", "/v2/pods", 402, detail="insufficient"), NoMoney, "add credit"),
         (Fault("POST", "/v2/pods", 400, detail="GPU quota exceeded"), NoMoney, "ask RunPod to raise it"),
         (Fault("POST", "/v2/pods", 422, detail="disk"), BadRequest, "refused the pod"),
@@ -103,6 +103,9 @@ def test_a_key_is_needed_and_never_told(client: Client, runpod: FakeRunpod, monk
     assert KEY not in f"{caught.value}{caught.value!r}{client!r}"
     with pytest.raises(NoKey, match="make a new one"):
         dataclasses.replace(client, key="wrong").pods()
+    monkeypatch.setenv("RUNPOD_ACCOUNT_KEY", "the head's")
+    assert Client.from_environment().key == "the head's"  # beside it RunPod puts one that may do little
+    monkeypatch.delenv("RUNPOD_ACCOUNT_KEY")
     for value in ("", "  "):
         monkeypatch.setenv("RUNPOD_API_KEY", value)
         with pytest.raises(NoKey, match="is not set"):

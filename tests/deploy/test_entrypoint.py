@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tests.deploy.namespaces import HOME, Machines, missing
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "-")
 
 
-def ssh(key: Path, address: str, command: str) -> subprocess.CompletedProcess[str]:
+def ssh(key: Path, address: str, command: str, user: str = "root") -> subprocess.CompletedProcess[str]:
     options = [
         "-o",
         "StrictHostKeyChecking=no",
@@ -24,7 +25,7 @@ def ssh(key: Path, address: str, command: str) -> subprocess.CompletedProcess[st
         "-o",
         "BatchMode=yes",
     ]
-    line = ["ssh", "-p", "2222", "-i", str(key), *options, f"root@{address}", f"bash --login -c -i '{command}'"]
+    line = ["ssh", "-p", "2222", "-i", str(key), *options, f"{user}@{address}", f"bash --login -c -i '{command}'"]
     return subprocess.run(line, capture_output=True, text=True, check=False, timeout=30)
 
 
@@ -60,6 +61,26 @@ def test_a_pod_is_entered_with_its_key_and_knows_its_environment(tmp_path: Path)
         assert "Permission denied (publickey)" in ssh(tmp_path / "other", address, "true").stderr
     assert not list(Path("/etc/netns").glob(f"mo{machines.tag}*"))
     assert "planted" not in (tmp_path / "machines" / "one" / "log").read_text()
+
+
+def test_the_images_user_may_run_it() -> None:
+    """sshd without root: that user alone can log in, and nobody else."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # pytest's own folders are closed to other users
+        folder = Path(name)
+        folder.chmod(0o755)
+        machines = Machines(folder / "machines", uid=1000)
+        reads = ["setpriv", "--reuid", "1000", "--clear-groups", "test", "-r", str(HOME / "deploy" / "entrypoint.sh")]
+        if subprocess.run(reads, check=False).returncode:
+            pytest.skip(f"{HOME} is closed to other users")
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "key")], check=True)
+        with machines.up():
+            address = machines.start("one", {"PUBLIC_KEY": (folder / "key.pub").read_text(), "WANDB_API_KEY": "planted"})
+            deadline = time.monotonic() + 20
+            asked = 'id -u; echo "$WANDB_API_KEY"; stat -c %a ~/.node_environment'
+            while (answer := ssh(folder / "key", address, asked, "ray")).returncode == 255 and time.monotonic() < deadline:
+                time.sleep(0.2)
+            assert answer.stdout.splitlines() == ["1000", "planted", "600"], answer.stderr
+            assert "Permission denied (publickey)" in ssh(folder / "key", address, "true", "root").stderr
 
 
 def test_it_becomes_what_it_is_told() -> None:

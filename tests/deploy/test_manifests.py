@@ -1,4 +1,4 @@
-"""cluster.yaml and deploy/gke: they say what the settings say, and Ray, KubeRay and Kubernetes accept them."""
+"""cluster.yaml, serve/runpod.yaml and deploy/gke: they say what the settings say, and Ray, KubeRay and Kubernetes accept them."""
 
 from __future__ import annotations
 
@@ -80,6 +80,7 @@ def test_a_changed_setting_changes_both_clouds() -> None:
     assert {
         "cluster.yaml",
         "deploy/gke/cluster.env",
+        "serve/runpod.yaml",
         "deploy/gke/base/raycluster.yaml",
         "deploy/gke/jobs/train.yaml",
         "deploy/gke/base/rayservice.yaml",
@@ -193,13 +194,18 @@ def test_what_serve_is_given_is_accepted_by_ray() -> None:
 
     committed = ServeDeploySchema(**yaml.safe_load((HOME / "serve" / "config.yaml").read_text()))
     (service,) = load(GKE / "base" / "rayservice.yaml")
-    made = ServeDeploySchema(**yaml.safe_load(service["spec"]["serveConfigV2"]))
-    assert made.applications[0].import_path == committed.applications[0].import_path
-    assert [item.name for item in made.applications[0].deployments] == [
-        item.name for item in committed.applications[0].deployments
-    ]
-    assert made.applications[0].args["config"] == CONFIG
-    assert made.applications[0].deployments[1].ray_actor_options.num_gpus == 1
+    (runpod,) = load(HOME / "serve" / "runpod.yaml")
+    for given in (yaml.safe_load(service["spec"]["serveConfigV2"]), runpod):
+        made = ServeDeploySchema(**given)
+        assert made.applications[0].import_path == committed.applications[0].import_path
+        assert [item.name for item in made.applications[0].deployments] == [
+            item.name for item in committed.applications[0].deployments
+        ]
+        assert made.applications[0].args["config"] == CONFIG
+        generator = made.applications[0].deployments[1]
+        assert generator.ray_actor_options.num_gpus == 1
+        assert generator.autoscaling_config["max_replicas"] == 4
+    assert runpod["http_options"]["host"] == "127.0.0.1", "its ports are reached by an SSH tunnel alone"
     assert service["spec"]["upgradeStrategy"]["type"] == "NewClusterWithIncrementalUpgrade"
 
 

@@ -23,7 +23,7 @@ RTX, A100, H100 = "NVIDIA GeForce RTX 4090", "NVIDIA A100-SXM4-80GB", "NVIDIA H1
 PROVIDER = {
     "type": "external", "module": "deploy.runpod.node_provider.RunpodNodeProvider", "ssh_port": 2222, "owner": "me",
     "public_key": "ssh-ed25519 AAAA", "max_workers": 4, "usd_per_hour_max": 5.0, "usd_total_max": 50.0, "start_timeout_s": 600,
-    "secrets": ["WANDB_API_KEY"], "environment": {"RAY_AUTH_MODE": "token"},
+    "secrets": ["WANDB_API_KEY"], "head_secrets": ["RUNPOD_ACCOUNT_KEY"], "environment": {"RAY_AUTH_MODE": "token"},
 }  # fmt: skip
 NODE = {"gpus": [RTX, A100], "gpus_per_node": 1, "image": "image:1", "disk_gb": 20, "regions": []}
 WORKER = {"ray-node-type": "worker", "ray-user-node-type": "gpu", "ray-launch-request": "r1"}
@@ -63,6 +63,19 @@ def test_what_a_pod_is_asked_for(runpod: FakeRunpod) -> None:
     assert (body["globalNetworking"], body["ports"], body["dataCenterIds"]) == (True, ["2222/tcp"], ["EU-RO-1"])
     assert body["env"]["WANDB_API_KEY"] == "{{ RUNPOD_SECRET_WANDB_API_KEY }}"
     assert KEY not in json.dumps(body)
+    (head,) = provider("led").create_node(NODE, HEAD, 1)
+    assert "RUNPOD_ACCOUNT_KEY" not in body["env"], "a worker rents nothing"
+    assert runpod.pods[head]["body"]["env"]["RUNPOD_ACCOUNT_KEY"] == "{{ RUNPOD_SECRET_RUNPOD_ACCOUNT_KEY }}"
+
+
+def test_a_pods_own_key_gives_that_pod_back_and_nothing_else(runpod: FakeRunpod, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = provider().create_node(NODE, WORKER, 2)
+    monkeypatch.setenv("RUNPOD_API_KEY", f"{KEY}-of-{one}")
+    monkeypatch.setenv("RUNPOD_POD_ID", other)
+    assert "read and write access" in command("leave").stderr
+    monkeypatch.setenv("RUNPOD_POD_ID", one)
+    assert command("leave").returncode == 0
+    assert list(runpod.pods) == [other]
 
 
 def test_of_two_raising_one_cluster_only_one_head_is_rented(runpod: FakeRunpod) -> None:
@@ -95,6 +108,34 @@ def test_without_capacity_the_next_region_and_the_next_gpu_are_asked(runpod: Fak
     with pytest.raises(ProviderError, match="no head for moma: no GPU could be had"):
         provider().create_node(node, HEAD, 1)
     assert len(runpod.pods) == 2
+
+
+def test_a_key_that_may_not_write_is_no_lack_of_capacity(runpod: FakeRunpod) -> None:
+    runpod.faults = [Fault("POST", "/v2/pods", 403, times=2, detail="access denied")]
+    with pytest.raises(ProviderError, match="no head for moma: this RUNPOD_API_KEY may not create pods .*read and write access"):
+        provider().create_node(NODE, HEAD, 1)
+    runpod.faults = [Fault("POST", "/v2/pods", 403, detail="your account cannot access this pool")]
+    (pod_id,) = provider().create_node(NODE, WORKER, 1)
+    assert runpod.pods[pod_id]["body"]["gpu"]["id"] == A100
+    runpod.faults = [Fault("POST", "/v2/pods", 403), Fault("POST", "/v2/pods", 400, detail="no instances")]
+    with pytest.raises(NodeLaunchException, match="no GPU could be had"):
+        provider().create_node(NODE, WORKER, 1)
+
+
+def test_a_head_that_ray_up_rented_and_could_not_set_up_goes(runpod: FakeRunpod, caplog: pytest.LogCaptureFixture) -> None:
+    failed = {"ray-node-status": "update-failed"}
+    laptop = provider()
+    (head,) = laptop.create_node(NODE, HEAD, 1)
+    (worker,) = laptop.create_node(NODE, WORKER, 1)
+    again = provider()
+    again.non_terminated_nodes({})
+    with caplog.at_level(logging.ERROR):
+        again.set_node_tags(head, failed)
+    assert "moma-head is still rented, for $0.69/h: `ray up` tries again, `ray down` gives it back" in caplog.text
+    laptop.set_node_tags(worker, failed)  # the autoscaler's business
+    assert set(runpod.pods) == {head, worker}
+    laptop.set_node_tags(head, failed)
+    assert list(runpod.pods) == [worker]
 
 
 @pytest.mark.parametrize(
@@ -256,8 +297,9 @@ def test_everything_is_looked_at_before_anything_is_rented(
     made = RunpodNodeProvider.bootstrap_config(cluster_config(tmp_path))
     assert made["provider"]["public_key"].startswith("ssh-ed25519 AAAA")
     assert made["provider"]["owner"] == RunpodNodeProvider.bootstrap_config(cluster_config(tmp_path))["provider"]["owner"]
-    wrong = {"gpus": ["RTX 4090"]}, {"gpus_per_node": 9}
-    for change, said in zip(wrong, ("'RTX 4090' is no GPU type.*NVIDIA GeForce RTX 4090", "at most 8"), strict=True):
+    wrong = {"gpus": ["RTX 4090"]}, {"gpus_per_node": 9}, {"image": "ghcr.io/YOUR-ORG/momalisa:1"}
+    saying = "'RTX 4090' is no GPU type.*NVIDIA GeForce RTX 4090", "at most 8", "is a placeholder.*cluster.image"
+    for change, said in zip(wrong, saying, strict=True):
         with pytest.raises(ProviderError, match=said):
             RunpodNodeProvider.bootstrap_config(cluster_config(tmp_path, **change))
     config = cluster_config(tmp_path)

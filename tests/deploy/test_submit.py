@@ -12,15 +12,18 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import yaml
 
+from deploy import submit
+from momalisa import cost
 from momalisa.checkpoint import read_all
 from momalisa.config import Settings, from_file
 from momalisa.storage import Store
@@ -57,7 +60,9 @@ def test_no_variable_of_a_job_holds_a_secret() -> None:
     ("arguments", "said"),
     [
         (["train", "--config", "configs/demo.yaml", "--train.imagez=3"], "unrecognized arguments: --train.imagez=3"),
-        (["train", "--config", "configs/sd14.yaml", "--train.workers=8"], "are 8 GPUs, but the cluster has at most 4"),
+        (["train", "--config", "configs/sd14.yaml", "--root=out", "--train.workers=8"], "are 8 GPUs, but the cluster has at most 4"),
+        (["train", "--config", "configs/sd14.yaml"], "root=gs://YOUR-BUCKET/moma is a placeholder"),
+        (["pipeline", "--config", "configs/sd14.yaml", "--root=gs://ours/moma", "--train.workers=4"], "full fine-tuning over 4 nodes"),
         (["paint", "--config", "configs/demo.yaml"], "invalid choice: 'paint'"),
     ],
 )
@@ -66,6 +71,40 @@ def test_a_mistake_is_found_before_anything_is_sent(arguments: list[str], said: 
         [sys.executable, "-m", "deploy.submit", *arguments], cwd=HOME, capture_output=True, text=True, check=False
     )
     assert (refused.returncode, said in refused.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(("stage", "cloud", "force"), [("train", "runpod", True), ("train", "gke", False), ("encode", "runpod", False)])
+def test_slow_links_are_refused_only_where_they_matter(stage: str, cloud: cost.Cloud, force: bool) -> None:
+    submit.check(from_file(str(HOME / "configs" / "sd14.yaml"), ["--root=out", "--train.workers=4"]), stage, cloud, force)
+
+
+def ray_that_says(folder: Path, status: str) -> list[str]:
+    (folder / "ray").write_text(f'#!/bin/sh\n[ "$1" = logs ] || echo "{status}"\n')
+    (folder / "ray").chmod(0o755)
+    return [str(folder / "ray")]
+
+
+@pytest.mark.parametrize(
+    ("status", "returned", "said"),
+    [
+        ("Job 'x' succeeded", 0, ""),
+        ("Job 'x' failed", 1, "x: Job 'x' failed"),
+        ("Job 'x' was stopped", 1, "was stopped"),
+        ("", 75, "was lost, and the job goes on without it. Open the tunnel again.*ray job logs --address http://here --follow x"),
+        ("Status for job 'x': RUNNING", 75, "goes on without it"),
+    ],
+)
+def test_a_tunnel_that_was_lost_is_no_end_of_the_job(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], status: str, returned: int, said: str
+) -> None:
+    assert submit.follow(ray_that_says(tmp_path, status), "http://here", "x") == returned
+    assert re.search(said, capfd.readouterr().err, re.DOTALL)
+
+
+@pytest.mark.parametrize("said", ["package 6f401a7.zip was refused", "in 14013 ms", "RuntimeError: port 40100"])
+def test_only_a_status_speaks_of_a_token(said: str) -> None:
+    assert "wants another token" not in submit.explained("http://here", said)
+    assert "wants another token" in submit.explained("http://here", f"status 401: {said}")
 
 
 def test_no_cluster_at_the_address() -> None:
@@ -88,6 +127,7 @@ class Cluster:
             "RAY_ADDRESS": f"http://127.0.0.1:{self.dashboard}",
             "RAY_JOB_STOP_WAIT_TIME_S": "60",
             "PATH": f"{BIN}:{os.environ['PATH']}",
+            "PYTHONPATH": str(HOME),  # the image has the project installed
         }
         where = [
             "--node-ip-address=127.0.0.1",
@@ -97,6 +137,7 @@ class Cluster:
             f"--dashboard-agent-listen-port={self.agent}",
             f"--ray-client-server-port={self.client}",
             "--num-cpus=3",
+            "--num-gpus=1",
             "--object-store-memory=100000000",
         ]
         started = {name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"}
@@ -128,6 +169,12 @@ class Cluster:
 
     def logs(self, job: str) -> str:
         return self.run(str(BIN / "ray"), "job", "logs", job).stdout
+
+    def until(self, what: Callable[[], Any], limit_s: float, said: str) -> None:
+        deadline = time.monotonic() + limit_s
+        while not what():
+            assert time.monotonic() < deadline, f"{said}: not within {limit_s:.0f} s"
+            time.sleep(0.5)
 
     def processes(self, title: str) -> list[psutil.Process]:
         """Those of its nodes whose command line begins so."""
@@ -276,3 +323,41 @@ def test_a_stopped_job_goes_on_from_its_very_step(cluster: Cluster, tiny_base: P
     ours, theirs = (read_all(Store(place.root), planned.name)[-1] for place in (settings, alone))
     assert ours.training["losses"] == theirs.training["losses"]
     assert ours.files == theirs.files
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_stop_while_workers_wait_for_room_ends_at_once(cluster: Cluster, tiny_base: Path, tmp_path: Path) -> None:
+    _, options = published(tiny_base, tmp_path)
+    command = [sys.executable, "-m", "deploy.submit", "train", "--config", "configs/demo.yaml", *options, "--train.cpus_per_worker=9"]
+    with subprocess.Popen(command, cwd=HOME, env=cluster.environment, stdout=subprocess.PIPE, text=True) as waiting:
+        assert waiting.stdout is not None
+        (name,) = re.findall(r"submitted (train-[\d-]+)", waiting.stdout.readline())
+        cluster.until(lambda: cluster.processes("ray::TrainController"), 240, "the job waits for its workers")
+        began = time.monotonic()
+        assert cluster.run(str(BIN / "ray"), "job", "stop", name).returncode == 0
+        assert time.monotonic() - began < 30  # it would wait for 60
+        said = waiting.stdout.read()
+    assert "train: stopped, no worker had begun" in said
+    assert waiting.returncode == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_endpoint_of_a_rented_cluster(cluster: Cluster, promoted_root: Path, tmp_path: Path) -> None:
+    """serve/runpod.yaml as it is, but for the settings file, which names the miniature, and the port."""
+    config = yaml.safe_load((HOME / "serve" / "runpod.yaml").read_text())
+    config["http_options"]["port"] = port = free_port()
+    (application,) = config["applications"]
+    application["args"] = {"config": "configs/demo.yaml", "overrides": [f"--root={promoted_root}", "--serve.size_px=64"]}
+    (tmp_path / "served.yaml").write_text(yaml.safe_dump(config))
+    where = ["--address", cluster.environment["RAY_ADDRESS"]]
+    deployed = cluster.run(str(BIN / "serve"), "deploy", str(tmp_path / "served.yaml"), *where)
+    assert deployed.returncode == 0, deployed.stderr[-3000:]
+    try:
+        cluster.until(lambda: cluster.status(port, "/healthz", None) == 200, 240, "it serves")
+        used = cluster.run(str(BIN / "ray"), "status", "--address", f"127.0.0.1:{cluster.gcs}", RAY_ADDRESS="").stdout
+        assert "1.0/1.0 GPU" in used
+    finally:
+        ended = cluster.run(str(BIN / "serve"), "shutdown", "-y", *where)
+    assert ended.returncode == 0

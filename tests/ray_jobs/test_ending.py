@@ -25,8 +25,15 @@ def test_workers_give_up_one_by_one_and_the_first_one_s_reason_is_told() -> None
 
 def test_workers_that_left_for_a_notice_have_not_answered_a_stop() -> None:
     bell = Bell()
+    bell.begin(0)
     bell.leave("1120 images seen")
-    bell.ring()
+    assert not bell.ring(), "the next ones have not begun"
+    bell.begin(1120)
+    assert bell.ring()
     assert (bell.rung(), bell.left()) == (True, "")
     bell.leave("1440 images seen")
     assert bell.left() == "1440 images seen"
+
+
+def test_while_workers_wait_for_gpus_nobody_would_hear_a_stop() -> None:
+    assert not Bell().ring()
