@@ -18,11 +18,11 @@ PictureCheck = Callable[[Image.Image], str | None]
 class LoadedCheckpoint:
     """`running`: the samples in the engine's batch, by the engine's numbers; the scheduler keeps them.
 
-    `check`: what finished pictures must pass.
+    `path`: the checkpoint's, as refs/best names it; `check`: what finished pictures must pass.
     """
 
-    def __init__(self, engine: Engine, id_: str, check: PictureCheck | None = None) -> None:
-        self.engine, self.id, self.check = engine, id_, check
+    def __init__(self, engine: Engine, id_: str, path: str, check: PictureCheck | None = None) -> None:
+        self.engine, self.id, self.path, self.check = engine, id_, path, check
         self.running: dict[int, Sample] = {}
         self.pending_row_steps = 0
 
@@ -35,10 +35,10 @@ class LoadedCheckpoint:
         """Note how much work is left, for threads that may not ask the engine."""
         self.pending_row_steps = self.engine.pending_row_steps
 
-    def start(self, sample: Sample, now: float) -> None:
+    def start(self, sample: Sample) -> None:
         """Put a sample into the engine's batch. Raises ValueError for a request that cannot be."""
         sample.id = self.engine.submit(request_of(sample.active.task, sample.index))
-        sample.checkpoint, sample.started_at = self, now
+        sample.checkpoint = self
         self.running[sample.id] = sample
         self.count()
 

@@ -15,9 +15,9 @@ import torch
 
 from momalisa import checkpoint, votes
 from momalisa.config import Settings
-from momalisa.engine import Engine, Request
+from momalisa.engine import Engine
 from momalisa.storage import Store
-from serve import checks
+from serve import checks, rehearsal
 from serve.loaded_checkpoint import LoadedCheckpoint
 from serve.meters import Meters
 from serve.scheduler import Scheduler
@@ -47,7 +47,7 @@ class Generator:
         self._challenger_problem = ""
         self._scheduler = Scheduler(self._load(path), settings.serve, self.meters, self._challenger(settings.serve.challenger))
         every_s = settings.serve.watch_s
-        self._watch = Watch(self._store, path, self._load, self._scheduler, every_s) if every_s else None
+        self._watch = Watch(self._store, self._load, self._scheduler, every_s) if every_s else None
 
     async def generate(self, task: GenerationTask) -> AsyncGenerator[Event, None]:
         """Events up to an outcome; closing it frees the rows. Does not raise."""
@@ -75,7 +75,7 @@ class Generator:
 
     def check_health(self) -> None:
         """Serve's health check. Raises where nothing can be painted any more: the replica is then replaced."""
-        self._scheduler.state()
+        self._scheduler.check_health()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve's autoscaling: what `serve.scaling` decides by."""
@@ -123,7 +123,8 @@ class Generator:
         )
         if serve.compile:
             engine.compile([serve.size_px], serve.compile_cache or None)
-        engine.generate([Request("", steps=1, size_px=serve.size_px, guidance_scale=scale) for scale in (1.0, 7.5)])
         check = checks.picture_check(serve, published.diffusion, self._device)
+        loaded = LoadedCheckpoint(engine, published.id, path, check)
+        rehearsal.warm_up(loaded, serve)
         logger.info("%s is ready on %s after %.1f s", published.id, self._device, time.monotonic() - started)
-        return LoadedCheckpoint(engine, published.id, check)
+        return loaded

@@ -8,6 +8,7 @@ Plain data: whoever shares a rollout locks it.
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 
 from serve.canary import Canary
 from serve.loaded_checkpoint import LoadedCheckpoint
@@ -30,7 +31,8 @@ class Rollout:
         return [one for one in (self.main, self.new, self._challenger, *self.retiring) if one is not None]
 
     def start(self, new: LoadedCheckpoint, canary: Canary) -> None:
-        """The caller has ended the one before."""
+        """No other is on trial."""
+        assert self.new is None
         self.new, self.canary = new, canary
 
     @property
@@ -54,17 +56,24 @@ class Rollout:
         if self.canary is not None:
             self.canary.fail(problem)
 
-    def note_picture(self, checkpoint: LoadedCheckpoint, step_s: float) -> None:
-        """A picture came, after so many seconds a step."""
-        if self.canary is not None and checkpoint in (self.new, self.main):
-            self.canary.note_picture(checkpoint is self.new, step_s)
+    def note_picture(self, checkpoint: LoadedCheckpoint) -> None:
+        """A picture came."""
+        if self.canary is not None and checkpoint is self.new:
+            self.canary.pictures += 1
+
+    def note_tick(self, checkpoint: LoadedCheckpoint, samples: Collection[Sample], rows: int, seconds: float) -> None:
+        """A tick took `samples` a step on. Those with an adapter or an image, and reproducible ones, have work of their own."""
+        tasks = [sample.active.task for sample in samples]
+        special = any(task.adapter or task.image or task.reproducible for task in tasks)
+        if self.canary is not None and tasks and not special and checkpoint in (self.new, self.main):
+            self.canary.note_tick(checkpoint is self.new, tasks[0].size_px, rows, seconds)
 
     def decided(self, now: float) -> bool:
         """Whether the canary is to be ended."""
         return self.canary is not None and (bool(self.canary.problem) or self.canary.passed(now))
 
-    def end(self) -> tuple[LoadedCheckpoint, str]:
-        """The new checkpoint, and why it is given up, or an empty string: it is the main one now."""
+    def end(self) -> tuple[LoadedCheckpoint, Canary]:
+        """The new checkpoint, which is the main one now unless its canary has a problem."""
         new, canary = self.new, self.canary
         assert new is not None
         assert canary is not None
@@ -76,7 +85,7 @@ class Rollout:
             logger.info("%s takes over from %s", new.id, self.main.id)
             self.retiring.append(self.main)
             self.main = new
-        return new, canary.problem
+        return new, canary
 
     def retire(self) -> None:
         """Close what has finished all that it began."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from momalisa.engine.request import steps_on_image
 from momalisa.engine.tiers import steps_at
 from serve.fair_queue import QueueItem
 from serve.mailbox import Mailbox
@@ -51,7 +52,6 @@ class Sample(QueueItem):
     index: int = field(kw_only=True)
     checkpoint: LoadedCheckpoint | None = None
     id: int = -1  # the engine's
-    started_at: float = 0.0
     repeated: bool = False  # another checkpoint failed to draw it
 
     def again(self) -> Sample:
@@ -62,6 +62,7 @@ class Sample(QueueItem):
 
 
 def samples_of(active: ActiveTask) -> list[Sample]:
-    """All pictures of a task, with the steps that its tier does."""
+    """All pictures of a task, with the steps that are done: its tier's, and of an edit those on top of the image."""
     task, steps = active.task, steps_at(active.task.steps, active.task.tier)
+    steps = steps if task.image is None else steps_on_image(steps, task.strength)
     return [Sample(task.key, task.rows, steps, task.kiosk, active=active, index=n) for n in range(len(task.seeds))]

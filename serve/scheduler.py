@@ -21,9 +21,9 @@ from functools import partial
 from momalisa.config import Serve
 from momalisa.engine import Broken, Preview
 from momalisa.engine.events import Event as EngineEvent
-from serve import finishing
+from serve import finishing, rehearsal
 from serve.admission import Admission
-from serve.canary import Canary
+from serve.canary import ENOUGH_PICTURES, Canary
 from serve.loaded_checkpoint import LoadedCheckpoint
 from serve.mailbox import Mailbox
 from serve.meters import Meters
@@ -34,6 +34,7 @@ from serve.task import Completed, Event, Failed, GenerationTask, Outcome, Pictur
 logger = logging.getLogger(__name__)
 
 NEWS_S = 0.5  # how often places in line are told
+HUNG_S = 120.0  # a tick that lasts longer has hung, unless requests may take very long
 
 
 class Scheduler:
@@ -54,6 +55,7 @@ class Scheduler:
         self._finishing = 0
         self._told_at = -math.inf
         self._broken: BaseException | None = None
+        self._ticking_since: float | None = None
         self._closing = False
         self._wake = threading.Condition()
         self.on_given_up: Callable[[LoadedCheckpoint, str], None] = lambda checkpoint, problem: None
@@ -77,9 +79,8 @@ class Scheduler:
             self._leave(active)
 
     def state(self) -> State:
-        """Raises RuntimeError where the engine's thread has ended."""
-        if self._broken is not None:
-            raise RuntimeError("the engine's thread has ended") from self._broken
+        """Raises RuntimeError, as `check_health`."""
+        self.check_health()
         with self._wake:
             main, new, challenger = self._rollout.main, self._rollout.new, self._rollout.challenger
             return State(
@@ -89,6 +90,20 @@ class Scheduler:
                 challenger=challenger.id if challenger else "",
             )
 
+    def check_health(self) -> None:
+        """Raises RuntimeError where nothing is painted any more: the engine's thread has ended, or hangs in a tick."""
+        if self._broken is not None:
+            raise RuntimeError("the engine's thread has ended") from self._broken
+        since, most = self._ticking_since, max(HUNG_S, self._limits.deadline_s / 2)
+        if since is not None and self._clock() - since > most:
+            raise RuntimeError(f"the engine hangs: a tick has lasted {self._clock() - since:.0f} s, and {most:.0f} s is the most")
+
+    def serving(self) -> tuple[str, str, bool]:
+        """The path of the main checkpoint, of the one on trial or an empty string, and whether another is yet to be unloaded."""
+        with self._wake:
+            main, new = self._rollout.main, self._rollout.new
+            return main.path, new.path if new else "", bool(self._rollout.retiring)
+
     def load(self) -> dict[str, float]:
         """Work that is accepted and not done, in row-steps and in seconds."""
         with self._wake:
@@ -96,20 +111,19 @@ class Scheduler:
             return {"pending_row_steps": row_steps, "pending_s": self._admission.pace.eta_s(row_steps)}
 
     def roll_out(self, new: LoadedCheckpoint) -> None:
-        """Give tasks to a new checkpoint: a share of them first, where a canary is set."""
+        """Give tasks to a new checkpoint: a share of them first, where a canary is set. No other is on trial."""
+        seconds = self._limits.canary_s
+        share, wanted = (self._limits.canary_share, ENOUGH_PICTURES) if seconds else (0.0, 0)
         with self._wake:
-            if self._rollout.canary is not None:
-                self._rollout.fail("replaced by a newer one")
-                self._end_canary()
-            share = self._limits.canary_share if self._limits.canary_s else 0.0
-            self._rollout.start(new, Canary(share, self._clock() + self._limits.canary_s))
+            self._rollout.start(new, Canary(share, self._clock() + seconds, wanted))
             self._wake.notify()
 
-    def abort_rollout(self, problem: str) -> None:
-        """End a canary that is going on: everything goes to the old checkpoint again."""
+    def abort_rollout(self, reason: str) -> None:
+        """End a canary that is going on, which is not its failure: everything goes to the old checkpoint again."""
         with self._wake:
-            self._rollout.fail(problem)
-            self._wake.notify()
+            if self._rollout.canary is not None:
+                self._rollout.canary.withdraw(reason)
+                self._wake.notify()
 
     def close(self) -> None:
         """Finish what was accepted, then end the thread."""
@@ -180,9 +194,9 @@ class Scheduler:
         """Everything between two ticks; waits where there is nothing to do. False: closed and done."""
         with self._wake:
             while True:
-                self._dismiss()
                 if self._rollout.decided(self._clock()):
                     self._end_canary()
+                self._dismiss()
                 self._start()
                 self._tell()
                 if self._running():
@@ -205,13 +219,14 @@ class Scheduler:
 
     def _end_canary(self) -> None:
         """The new checkpoint gets everything, or nothing: then its pictures are drawn again with the old one."""
-        new, problem = self._rollout.end()
-        if problem:
-            self._meters.rollbacks.inc()
+        new, canary = self._rollout.end()
+        if canary.problem:
             for sample in new.running.values():
                 self._once_more(sample)
-            self._leaving += new.running.values()  # its engine is told by the thread, in `_dismiss`
-            self.on_given_up(new, problem)
+            self._leaving += new.running.values()
+        if canary.problem and not canary.withdrawn:
+            self._meters.rollbacks.inc()
+            self.on_given_up(new, canary.problem)
 
     def _once_more(self, sample: Sample) -> None:
         if sample in sample.active.samples:  # else it has left, or is being drawn again already
@@ -221,15 +236,32 @@ class Scheduler:
     def _start(self) -> None:
         """Give free rows to who is next, unless finished pictures pile up."""
         free = self._limits.max_rows - sum(checkpoint.rows for checkpoint in self._rollout.checkpoints())
+        free -= self._rehearse(free)
         while free > 0 and self._finishing < 2 * self._limits.max_rows:
             sample = self._admission.next(free)
             if sample is None:
                 return
             try:
-                self._rollout.choose(sample).start(sample, self._clock())
+                self._rollout.choose(sample).start(sample)
                 free -= sample.rows
             except ValueError as error:
                 self._close(sample.active, Failed(str(error), wrong=True))
+
+    def _rehearse(self, free: int) -> int:
+        """Let the new checkpoint paint for nobody where its trial needs that; how many of the free rows it takes."""
+        new, canary, now = self._rollout.new, self._rollout.canary, self._clock()
+        idle = not (self._active or self._finishing)
+        if self._closing or new is None or canary is None or new.running or not canary.rehearses(idle, now):
+            return 0
+        sample = rehearsal.sample_of(self._limits, canary.pictures, now)
+        if sample.rows > free:
+            return 0
+        try:
+            new.start(sample)
+        except ValueError as error:
+            canary.fail(str(error))
+            return 0
+        return sample.rows
 
     def _tell(self) -> None:
         """Everybody their place, now and then."""
@@ -246,16 +278,19 @@ class Scheduler:
     def _tick(self, checkpoint: LoadedCheckpoint) -> None:
         if not checkpoint.running:
             return
-        before, started = checkpoint.engine.pending_row_steps, self._clock()
-        events = checkpoint.engine.tick()
-        seconds = self._clock() - started
-        rows = before - checkpoint.engine.pending_row_steps  # of the UNet's batch; none where pictures were only decoded
+        engine, started = checkpoint.engine, self._clock()
+        before, self._ticking_since = engine.pending_row_steps, started
+        events = engine.tick()
+        seconds, self._ticking_since = self._clock() - started, None
+        rows = before - engine.pending_row_steps  # of the UNet's batch; none where pictures were only decoded
         self._admission.pace.tick(seconds, rows)
         self._meters.tick_s.observe(seconds)
         self._meters.tick_rows.observe(rows)
         with self._wake:
             checkpoint.count()
-            for active in {sample.active for sample in checkpoint.running.values() if sample.active.task.trace}:
+            stepped = [checkpoint.running[id_] for id_ in engine.stepped if id_ in checkpoint.running]
+            self._rollout.note_tick(checkpoint, stepped, rows, seconds)
+            for active in {sample.active for sample in stepped if sample.active.task.trace}:
                 active.note_tick(started, seconds, rows, checkpoint.id)
             for event in events:
                 self._handle(checkpoint, event)
@@ -298,14 +333,14 @@ class Scheduler:
             self._wake.notify()
 
     def _deliver(self, sample: Sample, checkpoint: LoadedCheckpoint, made: Picture | Progress) -> None:
-        active, now = sample.active, self._clock()
+        active = sample.active
         if isinstance(made, Progress):
             active.mailbox.post(made)
             if not active.previewed:
                 active.previewed = True
-                self._meters.first_preview_s.observe(now - active.entered_at)
+                self._meters.first_preview_s.observe(self._clock() - active.entered_at)
             return
-        self._rollout.note_picture(checkpoint, (now - sample.started_at) / sample.steps)
+        self._rollout.note_picture(checkpoint)
         if sample not in active.samples:
             return  # it has left, or is being drawn again
         self._meters.pictures.inc()

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from momalisa import checkpoint
 from momalisa.storage import Store
@@ -21,15 +22,21 @@ logger = logging.getLogger(__name__)
 AGAIN_S = 300.0
 
 
-class Watch:
-    """A thread of its own: pictures are drawn while weights load. `path` is what is served already."""
+@dataclass(frozen=True)
+class GivenUp:
+    """A checkpoint that is not tried before `until`, and why."""
 
-    def __init__(
-        self, store: Store, path: str, load: Callable[[str], LoadedCheckpoint], scheduler: Scheduler, every_s: float
-    ) -> None:
+    path: str = ""
+    problem: str = ""
+    until: float = 0.0
+
+
+class Watch:
+    """A thread of its own: pictures are drawn while weights load. What is served it asks the scheduler, at every look."""
+
+    def __init__(self, store: Store, load: Callable[[str], LoadedCheckpoint], scheduler: Scheduler, every_s: float) -> None:
         self._store, self._load, self._scheduler, self._every_s = store, load, scheduler, every_s
-        self._served, self._newest = path, path  # what is the main one, and what the scheduler was last given
-        self._given_up: dict[str, float] = {}
+        self._given_up = GivenUp()
         self._ended = threading.Event()
         self.problem = ""
         scheduler.on_given_up = self._canary_failed
@@ -37,18 +44,26 @@ class Watch:
         self._thread.start()
 
     def look(self) -> None:
-        """Once. Does not raise."""
+        """Once. Does not raise.
+
+        There is memory for one checkpoint beside the main one: the next one is loaded when what was on trial is withdrawn and
+        what finishes old requests is unloaded.
+        """
         try:
             path = str(self._store.read_json(checkpoint.BEST)["checkpoint"])
         except Exception as error:
             self.problem = f"refs/best cannot be read: {error}"
             return
-        if path == self._newest:
+        main, trial, unloading = self._scheduler.serving()
+        given_up = self._given_up
+        if trial not in ("", path):
+            self._scheduler.abort_rollout(f"refs/best is {path}")
+        if path in (main, trial):
             self.problem = ""
-        elif path == self._served and self._on_trial():
-            self._scheduler.abort_rollout("refs/best was moved back")
-            self._newest, self.problem = path, ""
-        elif time.monotonic() >= self._given_up.get(path, 0.0):
+            self._given_up = GivenUp() if path == main else given_up
+        elif path == given_up.path and time.monotonic() < given_up.until:
+            self.problem = given_up.problem
+        elif not (trial or unloading):
             self._try(path)
 
     def close(self) -> None:
@@ -59,28 +74,21 @@ class Watch:
         while not self._ended.wait(self._every_s):
             self.look()
 
-    def _on_trial(self) -> bool:
-        return bool(self._scheduler.state().trial)
-
     def _try(self, path: str) -> None:
         try:
             new = self._load(path)
         except Exception as error:
             self._give_up(path, f"{path} cannot be served: {error}")
             return
-        if not self._on_trial():
-            self._served = self._newest
-        self._newest, self.problem = path, ""
+        self.problem = ""
         self._scheduler.roll_out(new)
         logger.info("%s is on trial", new.id)
 
     def _canary_failed(self, new: LoadedCheckpoint, problem: str) -> None:
         """The scheduler's word, from another thread: a trial has failed."""
-        if self._newest != self._served:
-            failed, self._newest = self._newest, self._served
-            self._give_up(failed, f"{new.id} failed its trial: {problem}")
+        self._give_up(new.path, f"{new.id} failed its trial: {problem}")
 
     def _give_up(self, path: str, problem: str) -> None:
         logger.error("%s", problem)
         self.problem = problem
-        self._given_up = {path: time.monotonic() + AGAIN_S}
+        self._given_up = GivenUp(path, problem, time.monotonic() + AGAIN_S)

@@ -65,7 +65,7 @@ class Serve(Section):
     canary_share: Fraction = 0.05
     """Of the requests, how many a newly promoted checkpoint gets while it is on trial."""
     canary_s: float = Field(default=60, ge=0)
-    """How long the trial is; 0: a checkpoint that has loaded and warmed up is served at once."""
+    """How long the trial is at least; 0: a checkpoint that has loaded and warmed up is served at once."""
 
     challenger: str = ""
     """RUN@IMAGES of a checkpoint that visitors may compare with the present one, and vote; it is kept in memory beside it."""

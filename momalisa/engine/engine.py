@@ -7,6 +7,7 @@ What one request gets does not depend on its neighbours but for the last bits of
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ from momalisa.engine.texts import Texts
 from momalisa.engine.trajectory import Trajectory
 from momalisa.latents import Autoencoder, TextEncoder
 from momalisa.storage import Store
+
+logger = logging.getLogger(__name__)
 
 OnStep = Callable[[int, int], None]
 MAX_ROWS = 32
@@ -103,9 +106,10 @@ class Engine:
         self._adapters = adapters
         self._adapted: WeakKeyDictionary[Adapted, Means] = WeakKeyDictionary()
         self._projection: Projection | None = None
-        self._stepped: torch.cuda.Event | None = None
+        self._step_done: torch.cuda.Event | None = None
         self._lanes: dict[Kind, Lane] = {}
         self._held: list[Event] = []
+        self.stepped: list[int] = []  # the requests that the last tick took a step on
         self._next_id = 0
 
     @classmethod
@@ -192,10 +196,10 @@ class Engine:
     def tick(self) -> list[Event]:
         """One step for the pictures of one kind, kinds taking turns, of which reproducible requests have one together; then some
         decoding. What there is to say about requests."""
-        events, self._held = self._held, []
+        events, self._held, self.stepped = self._held, [], []
         chosen = self._choose(events)
-        if self._stepped is not None:
-            self._stepped.synchronize()  # one step at most waits on the GPU: what comes now is next
+        if self._step_done is not None:
+            self._step_done.synchronize()  # one step at most waits on the GPU: what comes now is next
         if chosen is not None:
             kind, means = chosen
             lane = self._lanes.pop(kind)
@@ -284,28 +288,30 @@ class Engine:
         self._lanes = shared | {kind: lane for kind, lane in self._lanes.items() if kind.alone is not None}
 
     def _advance(self, lane: Lane, means: Means) -> list[Event]:
-        """One step of a lane. What goes wrong there is the end of its pictures and of nothing else."""
+        """One step of a lane. What goes wrong there is the end of its pictures and of nothing else; of previews, of nothing."""
         batch, asked = lane.batch, lane.trajectories
         try:
             self._admit(lane, means.texts)
             batch.step(means.model)
             self._mark()
+            ids = [trajectory.id for trajectory in batch.trajectories]
+            finished = _taken(batch)
         except RuntimeError as error:  # what a device refuses: memory above all
             waiting = set(lane.waiting)
             lane.batch = Batch(self.device)
             return [Broken(trajectory.id, error) for trajectory in asked if trajectory not in waiting]
-        previews = self._previews(batch)
-        finished = [index for index, trajectory in enumerate(batch.trajectories) if trajectory.done == trajectory.steps]
-        flying = [batch.trajectories[index] for index in finished]
-        latents = [batch.latents(index).clone() for index in finished]
-        self._decoder.add(Finished(one.id, one.request, last) for one, last in zip(flying, latents, strict=True))
-        batch.drop(one.id for one in flying)
-        return previews
+        self.stepped = ids
+        self._decoder.add(finished)
+        try:
+            return self._previews(batch)
+        except RuntimeError as error:
+            logger.warning("no previews: %s", error)
+            return []
 
     def _mark(self) -> None:
         if self.device.type == "cuda":
-            self._stepped = torch.cuda.Event()
-            self._stepped.record()
+            self._step_done = torch.cuda.Event()
+            self._step_done.record()
 
     def _admit(self, lane: Lane, texts: Texts) -> None:
         """Let in those in front for whom there is room."""
@@ -329,6 +335,17 @@ class Engine:
         flying = [batch.trajectories[index] for index in due]
         pictures = self._projection.pictures(batch.estimate(due), flying[0].request.size_px)
         return [Preview(one.id, picture, one.done, one.steps) for one, picture in zip(flying, pictures, strict=True)]
+
+
+def _taken(batch: Batch) -> list[Finished]:
+    """What is finished, no longer in the batch."""
+    finished = [
+        Finished(trajectory.id, trajectory.request, batch.latents(index).clone())
+        for index, trajectory in enumerate(batch.trajectories)
+        if trajectory.done == trajectory.steps
+    ]
+    batch.drop(one.id for one in finished)
+    return finished
 
 
 def _placed(unet: Any, device: torch.device, dtype: torch.dtype) -> Any:

@@ -36,7 +36,7 @@ class Request:
     @property
     def start(self) -> int:
         """Sampler steps that the image takes the place of."""
-        return 0 if self.image is None else self.steps - min(int(self.steps * self.strength), self.steps)
+        return 0 if self.image is None else self.steps - steps_on_image(self.steps, self.strength)
 
     def check(self, factor: int) -> None:
         """Raises ValueError for a request that cannot be; `factor` is pixels to a latent place."""
@@ -73,6 +73,11 @@ class Request:
                 f"strength={self.strength} of {self.steps} steps must be one step at least and all at most; "
                 f"try {1 / self.steps:.2g} to 1"
             )
+
+
+def steps_on_image(steps: int, strength: float) -> int:
+    """Of so many sampler steps, those that are done on top of an image: diffusers' rounding."""
+    return min(int(steps * strength), steps)
 
 
 def to_parameters(request: Request) -> dict[str, str]:

@@ -13,6 +13,8 @@ import torch
 
 from momalisa.config import Diffusion
 from momalisa.engine import Broken, Done, Engine, Event, GenerationError, Preview, Request
+from momalisa.engine.batch import Batch
+from momalisa.engine.preview import Projection
 from tests.engine.conftest import difference, photograph
 
 REQUEST = Request("a red boat on a blue sea", seed=7, steps=4, guidance_scale=5.0, size_px=64)
@@ -27,6 +29,10 @@ def finish(engine: Engine, every_tick: Callable[[], Any] = lambda: None) -> dict
             last[event.id] = event
         every_tick()
     return last
+
+
+def refuse(*args: Any, **kwargs: Any) -> None:
+    raise torch.OutOfMemoryError("no memory")
 
 
 def test_nan_breaks_its_own_request_only(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,9 +69,6 @@ def test_a_device_that_refuses_breaks_what_it_was_doing(engine: Engine, monkeypa
     for step in owner.split("."):
         holder = getattr(holder, step)
 
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise torch.OutOfMemoryError("no memory")
-
     with monkeypatch.context() as patch:
         patch.setattr(holder, name, refuse)
         ids = [engine.submit(replace(REQUEST, image=photograph(1))), engine.submit(replace(REQUEST, image=photograph(2)))]
@@ -73,6 +76,29 @@ def test_a_device_that_refuses_breaks_what_it_was_doing(engine: Engine, monkeypa
     assert all(isinstance(events[number], Broken) for number in ids)
     assert engine.rows == 0
     assert engine.generate([REQUEST])[0].size == (64, 64)
+
+
+def test_memory_that_runs_out_between_two_steps_breaks_what_was_drawn(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Batch, "latents", refuse)
+        number = engine.submit(REQUEST)
+        events = finish(engine)
+    assert isinstance(events[number], Broken)
+    assert engine.generate([REQUEST])[0].size == (64, 64)
+
+
+@pytest.mark.parametrize("part", ["__init__", "pictures"])
+def test_a_device_that_refuses_a_preview_leaves_the_picture(engine: Engine, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    """In the first preview's fit to the autoencoder, or in a preview's own product."""
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_projection", None)
+        patch.setattr(Projection, part, refuse)
+        number = engine.submit(replace(REQUEST, previews=2))
+        events = [event for _ in range(REQUEST.steps) for event in engine.tick()]
+    assert [type(event) for event in events] == [Done]
+    assert (events[0].id, engine.idle) == (number, True)
+    engine.submit(replace(REQUEST, previews=2))
+    assert [type(event) for _ in range(REQUEST.steps) for event in engine.tick()] == [Preview, Preview, Done]
 
 
 @pytest.mark.parametrize("after", range(7))

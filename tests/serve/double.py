@@ -30,7 +30,8 @@ class Engine:
         self.submitted: list[Request] = []
         self.cancelled: list[int] = []
         self.rows_of_ticks: list[int] = []
-        self.paused = False
+        self.paused = self.closed = False
+        self.stepped: list[int] = []
 
     @property
     def rows(self) -> int:
@@ -52,10 +53,11 @@ class Engine:
         return self.flying.pop(id_, None) is not None
 
     def close(self) -> None:
-        pass
+        self.closed = True
 
     def tick(self) -> list[Any]:
         time.sleep(self.tick_s)
+        self.stepped = [] if self.paused else list(self.flying)
         if self.paused:
             return []
         self.rows_of_ticks.append(self.rows)
@@ -74,7 +76,7 @@ class Engine:
 
 def loaded(name: str = "old-1", spoil: Spoil | None = None, tick_s: float = 0.001) -> LoadedCheckpoint:
     made: Any = Engine(spoil, tick_s)
-    return LoadedCheckpoint(made, name)
+    return LoadedCheckpoint(made, name, f"checkpoints/{name}")
 
 
 def nan(request: Request) -> Exception:

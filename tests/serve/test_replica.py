@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from momalisa.engine import Engine, Request
 from momalisa.storage import Store
 from serve.app import ServeArgs, build, load_settings
 from serve.replica import Generator
+from serve.task import Completed, GenerationTask
 from tests.checkpoint.test_text_adapters import published
 from tests.engine.conftest import difference
 
@@ -46,6 +48,20 @@ def test_relative_paths_start_at_home(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("MOMALISA_HOME", str(tmp_path))
     assert load_settings(ServeArgs(config="own.yaml")).root == str(tmp_path / "mine")
     assert load_settings(ServeArgs(config="own.yaml", overrides=["--root=gs://b/m"])).root == "gs://b/m"
+
+
+async def test_a_trace_tells_the_ticks_that_a_task_took_part_in(generator: Generator) -> None:
+    """Sizes take turns: what is spent on the other one is not told."""
+    asked = [GenerationTask("x", (0,), steps, 1.0, size_px, trace=True) for steps, size_px in ((30, 64), (20, 96))]
+
+    async def outcome(task: GenerationTask) -> Completed:
+        last = [event async for event in generator.generate(task)][-1]
+        assert isinstance(last, Completed)
+        return last
+
+    traces = [outcome.ticks for outcome in await asyncio.gather(*map(outcome, asked))]
+    assert [len(trace) for trace in traces] == [30, 20]
+    assert all(trace[0]["at_s"] < other[-1]["at_s"] for trace, other in (traces, traces[::-1]))  # they were at work together
 
 
 def test_what_is_served_has_the_checkpoint_s_text_encoder_and_its_threads(settings: Settings, tmp_path: Path) -> None:

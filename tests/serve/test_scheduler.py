@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from momalisa.config import Serve
+from momalisa.config import EVALUATION_PROMPTS, Serve
+from serve.canary import ENOUGH_PICTURES, ENOUGH_TICKS
 from serve.loaded_checkpoint import LoadedCheckpoint
 from serve.meters import Meters
 from serve.scheduler import Scheduler
@@ -84,11 +86,18 @@ async def test_ticks_are_full_and_never_fuller_than_max_rows(schedulers: Schedul
 async def test_who_leaves_gives_rows_and_places_back(schedulers: Schedulers) -> None:
     main = loaded(tick_s=0.01)
     scheduler = schedulers(main)
-    tasks = [asyncio.create_task(outcome_of(scheduler, task_of(4, steps=500))) for _ in range(2)]
-    await until(lambda: len(main.running) == 4 and scheduler.state().waiting == 4)
+    asked = [task_of(3, steps=500), task_of(4, steps=500, guidance_scale=2.0)]
+    tasks = [asyncio.create_task(outcome_of(scheduler, task)) for task in asked]
+    await until(lambda: len(main.running) == 3 and scheduler.state().waiting == 4)
+    rows = main.engine.rows_of_ticks  # type: ignore[attr-defined]
+    await until(lambda: rows)
     tasks[0].cancel()
-    await until(lambda: len(main.engine.cancelled) == 4)  # type: ignore[attr-defined]
-    await until(lambda: scheduler.state().waiting == 0)
+    await asyncio.gather(tasks[0], return_exceptions=True)
+    ticks = len(rows)  # the next one may have begun
+    await until(lambda: len(rows) >= ticks + 3)
+    assert set(rows[:ticks]) == {3}
+    assert set(rows[ticks + 1 :]) == {4}
+    assert len(main.engine.cancelled) == 3  # type: ignore[attr-defined]
     tasks[1].cancel()
     await until(lambda: scheduler.load()["pending_row_steps"] == 0)
     assert await outcome_of(scheduler, task_of()) == Completed("old-1")
@@ -177,6 +186,30 @@ async def test_an_engine_that_dies_fails_what_it_had_and_the_health_check(schedu
     assert isinstance(await outcome_of(scheduler, task_of()), Failed)
 
 
+async def test_an_engine_that_hangs_fails_the_health_check(monkeypatch: Any) -> None:
+    main, hangs, now = loaded(), threading.Event(), [0.0]
+    scheduler = Scheduler(main, LIMITS, Meters(), clock=lambda: now[0])
+    monkeypatch.setattr(main.engine, "tick", lambda tick=main.engine.tick: (hangs.wait(30), tick())[1])
+    asked = asyncio.create_task(outcome_of(scheduler, task_of()))
+    try:
+        await until(lambda: scheduler._ticking_since is not None)
+        now[0] = 119
+        scheduler.check_health()
+        now[0] = 121
+        for ask in (scheduler.check_health, scheduler.state):
+            with pytest.raises(RuntimeError, match="the engine hangs: a tick has lasted 121 s, and 120 s is the most"):
+                ask()
+        now[0] = 1
+        hangs.set()
+        assert await asked == Completed("old-1")
+        await until(lambda: scheduler._ticking_since is None)
+        now[0] = 1000  # there is nothing to do
+        scheduler.check_health()
+    finally:
+        hangs.set()
+        await asyncio.to_thread(scheduler.close)
+
+
 async def test_a_trace_tells_the_ticks(schedulers: Schedulers) -> None:
     painted = await outcome_of(schedulers(loaded()), task_of(2, steps=4, trace=True))
     assert isinstance(painted, Completed)
@@ -189,12 +222,12 @@ async def test_a_trace_tells_the_ticks(schedulers: Schedulers) -> None:
 TRIED = LIMITS.model_copy(update={"canary_s": 0.6})
 
 
-async def painters(scheduler: Scheduler, seconds: float, steps: int = 3) -> list[str]:
-    """A load of four visitors for a while; whose pictures they got."""
+async def painters(scheduler: Scheduler, seconds: float, steps: int = 3, enough: Callable[[], Any] = lambda: False) -> list[str]:
+    """A load of four visitors for a while, or until it is enough; whose pictures they got."""
     end, got = time.monotonic() + seconds, []
 
     async def visitor() -> None:
-        while time.monotonic() < end:
+        while time.monotonic() < end and not enough():
             events = await events_of(scheduler, task_of(1, steps=steps))
             assert isinstance(events[-1], Completed), events[-1]
             got.extend(event.checkpoint for event in events if isinstance(event, Picture))
@@ -226,28 +259,90 @@ async def test_a_checkpoint_that_paints_nothing_is_given_up_and_nobody_notices(s
     await asyncio.sleep(0.1)
     scheduler.roll_out(loaded("new-2", spoil))
     assert set(await load) == {"old-1"}
+    await until(lambda: rejected)
     assert len(rejected) == 1
     assert rejected[0].startswith("new-2: ")
     assert (scheduler.state().checkpoint, scheduler.state().trial) == ("old-1", "")
 
 
 async def test_a_slow_checkpoint_is_given_up(schedulers: Schedulers) -> None:
-    scheduler = schedulers(loaded(tick_s=0.001), LIMITS)
+    scheduler = schedulers(loaded(tick_s=0.002), LIMITS)
     rejected: list[str] = []
     scheduler.on_given_up = lambda one, problem: rejected.append(problem)
-    slow = loaded("new-2")
-    slow_tick = slow.engine.tick
-
-    def tick() -> Any:
-        for sample in list(slow.running.values()):
-            sample.started_at -= 0.5  # as if each tick had taken half a second longer
-        return slow_tick()
-
-    slow.engine.tick = tick  # type: ignore[method-assign]
-    scheduler.roll_out(slow)
-    await painters(scheduler, 1.0)
+    scheduler.roll_out(loaded("new-2", tick_s=0.03))
+    await painters(scheduler, 20, enough=lambda: rejected)
     assert len(rejected) == 1
     assert "s a step" in rejected[0]
+
+
+async def test_a_cold_adapter_is_not_the_checkpoints_fault(schedulers: Schedulers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter is loaded once by each engine: the new one does it during its trial."""
+    scheduler = schedulers(loaded(), LIMITS)
+    rejected: list[str] = []
+    scheduler.on_given_up = lambda one, problem: rejected.append(problem)
+    new = loaded("new-2")
+    tick = new.engine.tick
+
+    def cold() -> Any:
+        if any(sample.active.task.adapter for sample in new.running.values()):
+            time.sleep(0.02)
+        return tick()
+
+    monkeypatch.setattr(new.engine, "tick", cold)
+    scheduler.roll_out(new)
+    for _ in range(2 * ENOUGH_TICKS):
+        assert isinstance(await outcome_of(scheduler, task_of(1, steps=2, adapter="ada/1")), Completed)
+    await painters(scheduler, 0.3)
+    assert rejected == []
+    assert scheduler.state().trial == "new-2"
+
+
+def counted(scheduler: Scheduler) -> str:
+    """Pictures, outcomes and rollbacks in the metrics."""
+    lines = scheduler._meters.text().splitlines()
+    names = ("momalisa_pictures_total", "momalisa_outcomes_total", "momalisa_rollbacks_total")
+    return "; ".join(line for line in lines if line.startswith(names))
+
+
+async def test_without_visitors_a_checkpoint_paints_for_nobody_before_it_takes_over(schedulers: Schedulers) -> None:
+    scheduler = schedulers(loaded(), LIMITS.model_copy(update={"canary_s": 0.2, "steps": 4}))
+    new = loaded("new-2")
+    scheduler.roll_out(new)
+    await until(lambda: scheduler.state().checkpoint == "new-2")
+    painted = new.engine.submitted  # type: ignore[attr-defined]
+    assert {request.prompt for request in painted} == set(EVALUATION_PROMPTS)
+    assert ENOUGH_PICTURES <= len(painted) <= 2 * ENOUGH_PICTURES
+    assert counted(scheduler) == "momalisa_pictures_total 0.0; momalisa_rollbacks_total 0.0"
+
+
+@pytest.mark.parametrize("spoil", [nan, black])
+async def test_without_visitors_weights_that_paint_nothing_are_given_up(schedulers: Schedulers, spoil: Any) -> None:
+    scheduler = schedulers(loaded(), LIMITS.model_copy(update={"canary_s": 0.2}))
+    rejected: list[str] = []
+    scheduler.on_given_up = lambda one, problem: rejected.append(one.id)
+    scheduler.roll_out(loaded("new-2", spoil))
+    await until(lambda: scheduler.state().trial == "")
+    assert (scheduler.state().checkpoint, rejected) == ("old-1", ["new-2"])
+    assert counted(scheduler) == "momalisa_pictures_total 0.0; momalisa_rollbacks_total 1.0"
+
+
+async def test_time_alone_is_no_trial(schedulers: Schedulers) -> None:
+    scheduler = schedulers(loaded(), LIMITS.model_copy(update={"canary_s": 0.1}))
+    new = loaded("new-2")
+    new.engine.paused = True  # type: ignore[attr-defined]
+    scheduler.roll_out(new)
+    await asyncio.sleep(0.4)
+    assert scheduler.state().trial == "new-2"
+    new.engine.paused = False  # type: ignore[attr-defined]
+    await until(lambda: scheduler.state().checkpoint == "new-2")
+
+
+async def test_a_checkpoint_that_visitors_never_get_is_tried_among_them(schedulers: Schedulers) -> None:
+    scheduler = schedulers(loaded(), LIMITS.model_copy(update={"canary_s": 0.1, "canary_share": 0.0, "steps": 2}))
+    scheduler.roll_out(loaded("new-2"))
+    got = await painters(scheduler, 20, steps=6, enough=lambda: scheduler.state().checkpoint == "new-2")
+    assert got.count("old-1") >= len(got) - 4
+    assert scheduler.state().checkpoint == "new-2"
 
 
 async def test_a_long_request_ends_on_the_weights_it_began_with(schedulers: Schedulers) -> None:
@@ -263,9 +358,13 @@ async def test_a_long_request_ends_on_the_weights_it_began_with(schedulers: Sche
 
 async def test_a_pointer_moved_back_ends_the_trial(schedulers: Schedulers) -> None:
     scheduler = schedulers(loaded(), LIMITS)
+    rejected: list[str] = []
+    scheduler.on_given_up = lambda one, problem: rejected.append(problem)
     new = loaded("new-2", tick_s=0.01)
     scheduler.roll_out(new)
     long = [asyncio.create_task(outcome_of(scheduler, task_of(1, steps=300))) for _ in range(4)]
-    await until(lambda: new.running)
+    await until(lambda: len(new.running) >= 2)
     scheduler.abort_rollout("refs/best was moved back")
     assert await asyncio.gather(*long) == [Completed("old-1")] * 4
+    assert rejected == []
+    assert "momalisa_rollbacks_total 0.0" in counted(scheduler)

@@ -1,22 +1,27 @@
-"""Promotion while the service runs, with real checkpoints in a real store."""
+"""Promotion while the service runs, with real checkpoints in a real store; then the watch's decisions, with doubles of engines."""
 
 from __future__ import annotations
 
 import asyncio
 import shutil
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from momalisa import checkpoint
-from momalisa.config import Settings
+from momalisa.config import Serve, Settings
 from momalisa.storage import Store
 from serve.answers import collect
+from serve.loaded_checkpoint import LoadedCheckpoint
+from serve.meters import Meters
 from serve.replica import Generator
+from serve.scheduler import Scheduler
 from serve.task import GenerationTask
+from serve.watch import Watch
+from tests.serve.double import black, loaded
 
 TASK = GenerationTask("x", (0,), 2, 1.0, 64)
 
@@ -107,10 +112,141 @@ async def test_weights_that_paint_nothing_are_found_out_before_anybody_sees_them
     running: Generator, store: Store, tmp_path: Path
 ) -> None:
     promote(store, publish(store, tmp_path, 128, spoil=float("nan")))
-    await until_state(running, problem="NaN")
+    await until_state(running, problem="checkpoints/tiny/128 cannot be served: the UNet produced NaN or infinity")
     assert (await running.state()).checkpoint == "tiny-64"
     promote(store, "checkpoints/tiny/nothing")
     await until_state(running, problem="holds no complete checkpoint")
     store.write_json(checkpoint.BEST, {})
     await until_state(running, problem="refs/best cannot be read")
     assert (await collect(running, TASK))[0][0].checkpoint == "tiny-64"
+
+
+# ---- what the watch decides, look by look
+
+SHORT, LONG = 0.05, 3600.0  # trials
+
+
+class Museum:
+    """A store, a scheduler of doubles and a watch that looks when it is told to. `spoilt`: those that paint black."""
+
+    def __init__(self, root: Path, canary_s: float) -> None:
+        self.store, self.loads, self.spoilt = Store(str(root)), list[LoadedCheckpoint](), set[str]()
+        limits = Serve(max_rows=4, steps=2, canary_s=canary_s)
+        self.scheduler = Scheduler(self.load("checkpoints/a"), limits, Meters())
+        self.watch = Watch(self.store, self.load, self.scheduler, LONG)
+
+    def load(self, path: str) -> LoadedCheckpoint:
+        assert self.open() <= 1, "a third checkpoint in memory"
+        name = path.removeprefix("checkpoints/")
+        self.loads.append(loaded(name, black if name in self.spoilt else None))
+        return self.loads[-1]
+
+    def open(self) -> int:
+        return sum(not one.engine.closed for one in self.loads)  # type: ignore[attr-defined]
+
+    def promote(self, name: str) -> None:
+        promote(self.store, f"checkpoints/{name}")
+
+    def look_until(self, main: str, trial: str = "") -> None:
+        wanted = (main, trial)
+
+        def reached() -> bool:
+            self.watch.look()
+            state = self.scheduler.state()
+            return (state.checkpoint, state.trial) == wanted
+
+        eventually(reached)
+
+    def close(self) -> None:
+        self.watch.close()
+        self.scheduler.close()
+
+
+def eventually(what: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not what():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def museums(tmp_path: Path) -> Iterator[Callable[[float], Museum]]:
+    made: list[Museum] = []
+
+    def opened(canary_s: float) -> Museum:
+        made.append(Museum(tmp_path, canary_s))
+        return made[-1]
+
+    yield opened
+    for museum in made:
+        museum.close()
+
+
+def test_promotions_within_a_trial_and_back_to_the_first(museums: Callable[[float], Museum]) -> None:
+    museum = museums(LONG)
+    for name in ("b", "c"):
+        museum.promote(name)
+        museum.look_until("a", trial=name)
+    museum.promote("a")
+    museum.look_until("a")
+    assert museum.watch.problem == ""
+    eventually(lambda: museum.open() == 1)
+    museum.promote("c")  # it was not given up, and is tried anew
+    museum.look_until("a", trial="c")
+    assert [one.id for one in museum.loads] == ["a", "b", "c", "c"]
+    assert "momalisa_rollbacks_total 0.0" in museum.scheduler._meters.text()
+
+
+def test_promotions_after_each_trial_and_back_to_the_first(museums: Callable[[float], Museum]) -> None:
+    museum = museums(SHORT)
+    for name in ("b", "c", "a"):
+        museum.promote(name)
+        museum.look_until(name)
+    assert (museum.watch.problem, [one.id for one in museum.loads]) == ("", ["a", "b", "c", "a"])
+    museum.watch.look()
+    assert len(museum.loads) == 4
+
+
+def test_a_rollback_beside_a_trial_that_passes_is_not_lost(museums: Callable[[float], Museum], monkeypatch: Any) -> None:
+    museum = museums(SHORT)
+    scheduler = museum.scheduler
+    museum.promote("b")
+    museum.look_until("a", trial="b")
+    museum.promote("a")
+
+    def late(reason: str) -> None:
+        monkeypatch.undo()
+        eventually(lambda: scheduler.state().checkpoint == "b")
+        scheduler.abort_rollout(reason)
+
+    monkeypatch.setattr(scheduler, "abort_rollout", late)
+    museum.look_until("a")
+    assert [one.id for one in museum.loads] == ["a", "b", "a"]
+
+
+def test_one_that_failed_is_tried_again_when_the_pointer_moves_or_after_a_while(
+    museums: Callable[[float], Museum], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    museum = museums(LONG)
+    museum.spoilt = {"b"}
+    museum.promote("b")
+    museum.watch.look()
+    eventually(lambda: museum.scheduler.serving() == ("checkpoints/a", "", False))
+    for _ in range(3):
+        museum.watch.look()
+        assert museum.watch.problem.startswith("b failed its trial: GenerationError: the picture is one flat colour")
+    assert len(museum.loads) == 2
+    museum.promote("a")
+    museum.look_until("a")
+    assert museum.watch.problem == ""
+    museum.promote("b")
+    museum.watch.look()
+    eventually(lambda: museum.scheduler.serving() == ("checkpoints/a", "", False))
+    assert len(museum.loads) == 3
+    now = time.monotonic()
+    monkeypatch.setattr("serve.watch.time.monotonic", lambda: now + 299)
+    museum.watch.look()
+    assert len(museum.loads) == 3
+    monkeypatch.setattr("serve.watch.time.monotonic", lambda: now + 301)
+    museum.watch.look()
+    assert len(museum.loads) == 4
