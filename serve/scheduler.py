@@ -289,7 +289,8 @@ class Scheduler:
         with self._wake:
             checkpoint.count()
             stepped = [checkpoint.running[id_] for id_ in engine.stepped if id_ in checkpoint.running]
-            self._rollout.note_tick(checkpoint, stepped, rows, seconds)
+            if not events:  # steps alone: nothing was decoded or shown
+                self._rollout.note_tick(checkpoint, stepped, rows, seconds)
             for active in {sample.active for sample in stepped if sample.active.task.trace}:
                 active.note_tick(started, seconds, rows, checkpoint.id)
             for event in events:

@@ -275,6 +275,24 @@ async def test_a_slow_checkpoint_is_given_up(schedulers: Schedulers) -> None:
     assert "s a step" in rejected[0]
 
 
+async def test_few_steps_are_not_compared_by_what_decoding_takes(schedulers: Schedulers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of pictures of one step every tick decodes."""
+    main, new = loaded(), loaded("new-2")
+    tick = new.engine.tick
+
+    def decoding() -> Any:
+        events = tick()
+        time.sleep(0.02 if events else 0)
+        return events
+
+    monkeypatch.setattr(new.engine, "tick", decoding)
+    scheduler = schedulers(main, LIMITS)
+    scheduler.roll_out(new)
+    for _ in range(2 * ENOUGH_TICKS + 10):
+        await outcome_of(scheduler, task_of(1, steps=1))
+    assert scheduler.state().trial == "new-2"
+
+
 async def test_a_cold_adapter_is_not_the_checkpoints_fault(schedulers: Schedulers, monkeypatch: pytest.MonkeyPatch) -> None:
     """An adapter is loaded once by each engine: the new one does it during its trial."""
     scheduler = schedulers(loaded(), LIMITS)
@@ -290,8 +308,8 @@ async def test_a_cold_adapter_is_not_the_checkpoints_fault(schedulers: Scheduler
 
     monkeypatch.setattr(new.engine, "tick", cold)
     scheduler.roll_out(new)
-    for _ in range(2 * ENOUGH_TICKS):
-        assert isinstance(await outcome_of(scheduler, task_of(1, steps=2, adapter="ada/1")), Completed)
+    for _ in range(ENOUGH_TICKS + 5):
+        assert isinstance(await outcome_of(scheduler, task_of(1, steps=3, adapter="ada/1")), Completed)
     await painters(scheduler, 0.3)
     assert rejected == []
     assert scheduler.state().trial == "new-2"
@@ -310,7 +328,7 @@ async def test_without_visitors_a_checkpoint_paints_for_nobody_before_it_takes_o
     scheduler.roll_out(new)
     await until(lambda: scheduler.state().checkpoint == "new-2")
     painted = new.engine.submitted  # type: ignore[attr-defined]
-    assert {request.prompt for request in painted} == set(EVALUATION_PROMPTS)
+    assert {request.prompt for request in painted} <= set(EVALUATION_PROMPTS)
     assert ENOUGH_PICTURES <= len(painted) <= 2 * ENOUGH_PICTURES
     assert counted(scheduler) == "momalisa_pictures_total 0.0; momalisa_rollbacks_total 0.0"
 
@@ -339,10 +357,13 @@ async def test_time_alone_is_no_trial(schedulers: Schedulers) -> None:
 
 async def test_a_checkpoint_that_visitors_never_get_is_tried_among_them(schedulers: Schedulers) -> None:
     scheduler = schedulers(loaded(), LIMITS.model_copy(update={"canary_s": 0.1, "canary_share": 0.0, "steps": 2}))
+    long = asyncio.create_task(outcome_of(scheduler, task_of(1, steps=100_000, deadline_s=1e6)))
+    await until(lambda: scheduler._rollout.main.running)
     scheduler.roll_out(loaded("new-2"))
-    got = await painters(scheduler, 20, steps=6, enough=lambda: scheduler.state().checkpoint == "new-2")
-    assert got.count("old-1") >= len(got) - 4
-    assert scheduler.state().checkpoint == "new-2"
+    await until(lambda: scheduler.state().checkpoint == "new-2")
+    assert not long.done()
+    long.cancel()
+    await asyncio.gather(long, return_exceptions=True)
 
 
 async def test_a_long_request_ends_on_the_weights_it_began_with(schedulers: Schedulers) -> None:

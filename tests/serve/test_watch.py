@@ -1,4 +1,4 @@
-"""Promotion while the service runs, with real checkpoints in a real store; then the watch's decisions, with doubles of engines."""
+"""Promotion while the service runs, with real checkpoints in a real store; then each look, with doubles of engines."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from momalisa.storage import Store
 from serve.answers import collect
 from serve.loaded_checkpoint import LoadedCheckpoint
 from serve.meters import Meters
+from serve.rehearsal import sample_of
 from serve.replica import Generator
 from serve.scheduler import Scheduler
 from serve.task import GenerationTask
@@ -208,7 +209,7 @@ def test_promotions_after_each_trial_and_back_to_the_first(museums: Callable[[fl
 
 
 def test_a_rollback_beside_a_trial_that_passes_is_not_lost(museums: Callable[[float], Museum], monkeypatch: Any) -> None:
-    museum = museums(SHORT)
+    museum = museums(LONG)
     scheduler = museum.scheduler
     museum.promote("b")
     museum.look_until("a", trial="b")
@@ -216,12 +217,32 @@ def test_a_rollback_beside_a_trial_that_passes_is_not_lost(museums: Callable[[fl
 
     def late(reason: str) -> None:
         monkeypatch.undo()
+        assert scheduler._rollout.canary is not None
+        scheduler._rollout.canary.ends_at = 0.0
         eventually(lambda: scheduler.state().checkpoint == "b")
         scheduler.abort_rollout(reason)
 
     monkeypatch.setattr(scheduler, "abort_rollout", late)
-    museum.look_until("a")
+    museum.watch.look()
+    assert scheduler.state().checkpoint == "b"
+    museum.look_until("b", trial="a")
     assert [one.id for one in museum.loads] == ["a", "b", "a"]
+
+
+def test_the_next_one_is_loaded_when_the_old_one_has_finished(museums: Callable[[float], Museum]) -> None:
+    museum = museums(0.0)
+    old = museum.loads[0]
+    old.engine.paused = True  # type: ignore[attr-defined]
+    with museum.scheduler._wake:
+        old.start(sample_of(Serve(steps=2), 0, 0.0))
+    museum.promote("b")
+    museum.look_until("b")
+    museum.promote("c")
+    for _ in range(3):
+        museum.watch.look()
+    assert [one.id for one in museum.loads] == ["a", "b"]
+    old.engine.paused = False  # type: ignore[attr-defined]
+    museum.look_until("c")
 
 
 def test_one_that_failed_is_tried_again_when_the_pointer_moves_or_after_a_while(
