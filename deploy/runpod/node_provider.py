@@ -302,7 +302,8 @@ class RunpodNodeProvider(NodeProvider):
                     refused.append(f"{gpu}{f' in {region}' if region else ''}: {error}")
         if errors and all(isinstance(error, NotAllowed) for error in errors):
             raise NoKey(
-                403, f"this {KEY} may not create pods ({'; '.join(refused)}); give it read and write access to pods in the console"
+                403,
+                f"this {KEY} may not create pods ({'; '.join(refused)}); give it read and write access to pods in the console",
             )
         raise NoCapacity(0, f"no GPU could be had: {'; '.join(refused)}. Add GPU types or regions, or try again later")
 
