@@ -54,7 +54,7 @@ submit: $(VENV)/.ready ## one stage on a running cluster: make submit STAGE=trai
 plan: $(VENV)/.ready ## what a run will cost: make plan CONFIG=configs/sd14.yaml ON=runpod
 	$(BIN)/python -m ray_jobs.plan --config $(CONFIG) --on $(ON) $(ARGS)
 
-cloud: $(VENV)/.ready ## RunPod from end to end: rent, pipeline, serve until Ctrl-C, give back: make cloud CONFIG=configs/sd14.yaml
+cloud: $(VENV)/.ready ## RunPod, rent to give back: make cloud CONFIG=configs/sd14.yaml
 	$(BIN)/python -m deploy.once --config $(CONFIG) $(if $(KEEP),--keep) $(ARGS)
 
 manifests: $(VENV)/.ready ## cluster.yaml, serve/runpod.yaml and deploy/gke from the settings of configs/sd14.yaml (or CONFIG=...)

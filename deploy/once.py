@@ -2,9 +2,9 @@
 
     python -m deploy.once --config configs/sd14.yaml [--keep] [--force]
 
-(`make cloud CONFIG=...`, with KEEP=1 for `--keep`.) It serves until Ctrl-C; after that, and after whatever fails before, `ray down`
-follows, unless `--keep` says that the cluster stays. Before anything is rented it checks what `make plan` and `make submit` check,
-and that cluster.yaml and serve/runpod.yaml are what the settings say. Ctrl-C while training lets it write a checkpoint first.
+(`make cloud CONFIG=...`, with KEEP=1 for `--keep`.) It serves until Ctrl-C; after that, and after whatever fails before, `ray
+down` follows, unless `--keep` says that the cluster stays. Before anything is rented it checks what `make plan` and `make submit`
+check, and that cluster.yaml and serve/runpod.yaml are what the settings say. While training, Ctrl-C writes a checkpoint first.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+
+import httpx
 
 from deploy import submit
 from deploy.manifests import drifted
@@ -46,8 +46,8 @@ def run(program: str, *arguments: str) -> None:
 
 
 def answers(url: str) -> bool:
-    with contextlib.suppress(OSError, urllib.error.HTTPError), urllib.request.urlopen(url, timeout=5) as answer:
-        return bool(answer.status == 200)
+    with contextlib.suppress(httpx.HTTPError):
+        return httpx.get(url, timeout=5).is_success
     return False
 
 

@@ -1,4 +1,4 @@
-"""One stage on a running cluster: `python -m deploy.submit train --config configs/sd14.yaml [--on gke] [--train.images=50000 ...]`.
+"""One stage on a running cluster: `python -m deploy.submit train --config configs/sd14.yaml [--on gke] [--train.images=50 ...]`.
 
 The cluster is at $RAY_ADDRESS (default http://127.0.0.1:8265, where `ray dashboard cluster.yaml` or `kubectl port-forward`
 puts it), and its token is $RAY_AUTH_TOKEN or ~/.ray/auth_token. Settings are checked here before anything is sent: what

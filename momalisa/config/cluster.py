@@ -97,7 +97,7 @@ class Cluster(Section):
     secrets: tuple[str, ...] = ("RAY_AUTH_TOKEN", "WANDB_API_KEY", "GOOGLE_CREDENTIALS_JSON")
     """Names of secrets that nodes get, from RunPod's secret store. Values are never in a file."""
     head_secrets: tuple[str, ...] = ("RUNPOD_ACCOUNT_KEY",)
-    """Those that only RunPod's head gets: the key it rents with. (RUNPOD_API_KEY is taken: each pod gets one for itself alone.)"""
+    """Those that only RunPod's head gets: the key it rents with. (RUNPOD_API_KEY is taken: each pod gets one for itself.)"""
     gcp_project: str = "YOUR-PROJECT"
     gcp_region: str = "us-central1"
     link_mbit_per_s: Usd = 100.0

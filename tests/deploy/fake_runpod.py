@@ -195,10 +195,12 @@ class FakeRunpod:
             "body": body, "region": regions[0], "made": time.time(), "fate": fate, "words": words, "public": 0, "ip": "10.0.0.7",
         }  # fmt: skip
         if self.host and fate == "RUNNING":
+            self.pods[pod_id]["fate"] = "PROVISIONING"  # until it is a machine
             env = {key: self._filled(value) for key, value in body["env"].items()}
             own = {"RUNPOD_POD_ID": pod_id, "RUNPOD_API_KEY": f"{KEY}-of-{pod_id}"}  # RunPod's, whatever was asked for
             self.pods[pod_id]["ip"] = self.host.start(pod_id, {**env, **own})
             self.remap(pod_id)
+            self.pods[pod_id]["fate"] = fate
         return self._ok("Pod", self._shown(pod_id, fresh=True), 201)
 
     def _price(self, pod_id: str) -> float:

@@ -166,7 +166,9 @@ class Machines:
         ip("-n", space, "route", "add", "default", "via", self.gateway)
         Path("/tmp/ray").mkdir(exist_ok=True)
         home = folder / "root"  # this machine's own passwd names it: the host's python may lie below /root
-        users = f"root:x:0:0::{home}:/bin/bash\nray:x:1000:1000::{home}:/bin/bash\nsshd:x:100:65534::/run/sshd:/usr/sbin/nologin\n"
+        users = (
+            f"root:x:0:0::{home}:/bin/bash\nray:x:1000:1000::{home}:/bin/bash\nsshd:x:100:65534::/run/sshd:/usr/sbin/nologin\n"
+        )
         (folder / "passwd").write_text(users)
         os.chown(home, self.uid, self.uid)
         become = f"setpriv --reuid {self.uid} --regid {self.uid} --clear-groups --pdeathsig KILL " if self.uid else ""

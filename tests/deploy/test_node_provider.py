@@ -112,7 +112,7 @@ def test_without_capacity_the_next_region_and_the_next_gpu_are_asked(runpod: Fak
 
 def test_a_key_that_may_not_write_is_no_lack_of_capacity(runpod: FakeRunpod) -> None:
     runpod.faults = [Fault("POST", "/v2/pods", 403, times=2, detail="access denied")]
-    with pytest.raises(ProviderError, match="no head for moma: this RUNPOD_API_KEY may not create pods .*read and write access"):
+    with pytest.raises(ProviderError, match=r"no head for moma: this RUNPOD_API_KEY may not create pods .*read and write access"):
         provider().create_node(NODE, HEAD, 1)
     runpod.faults = [Fault("POST", "/v2/pods", 403, detail="your account cannot access this pool")]
     (pod_id,) = provider().create_node(NODE, WORKER, 1)

@@ -138,7 +138,10 @@ def test_what_is_kept_is_said_and_what_could_not_be_given_back(cloud: Cloud) -> 
     ("config", "said"),
     [
         ("configs/sd14.yaml", "root=gs://YOUR-BUCKET/moma is a placeholder"),
-        ("configs/demo.yaml", "cluster.yaml is not what configs/demo.yaml says; python -m deploy.manifests --config configs/demo.yaml"),
+        (
+            "configs/demo.yaml",
+            "cluster.yaml is not what configs/demo.yaml says; python -m deploy.manifests --config configs/demo.yaml",
+        ),
     ],
 )
 def test_nothing_is_rented_for_settings_that_cannot_work(config: str, said: str) -> None:

@@ -138,7 +138,9 @@ def wait_for(what: Callable[[], Any], limit_s: float, said: str) -> None:
 def submitted(laptop: Any, wanted: int, enough: int) -> subprocess.CompletedProcess[str]:
     """A job that asks for so many GPUs, and ends once it has got enough of them."""
     job = JOB.replace("WANTED", str(wanted)).replace("ENOUGH", str(enough))
-    done: subprocess.CompletedProcess[str] = laptop("exec", f"ray job submit --address http://127.0.0.1:8265 -- python -c '{job}'")
+    done: subprocess.CompletedProcess[str] = laptop(
+        "exec", f"ray job submit --address http://127.0.0.1:8265 -- python -c '{job}'"
+    )
     return done
 
 
@@ -178,11 +180,11 @@ def test_a_cluster_comes_works_survives_faults_and_goes(cloud: FakeRunpod, lapto
     wait_for(lambda: "1 head" in head.run("ray status").stdout, 60, "the autoscaler runs")
 
     # The autoscaler is killed while a launch is in flight: the next one takes it over, and rents no second pod.
-    cloud.starts_after_s = 5.0
+    cloud.starts_after_s = 8.0
     cloud.faults = [Fault("POST", "/v2/pods", 500, after=True), Fault("POST", "/v2/pods", 400, detail="no instances available")]
     with ThreadPoolExecutor(1) as thread:
         job = thread.submit(submitted, laptop, 1, 1)
-        wait_for(lambda: workers(cloud), 90, "a worker is rented")
+        wait_for(lambda: set(workers(cloud)) & set(cloud.host.machines), 90, "a worker is rented")
         (worker,) = workers(cloud)
         assert cloud.status(worker) == "PROVISIONING"
         assert "RUNPOD_ACCOUNT_KEY" not in cloud.host.machines[worker].env

@@ -60,9 +60,15 @@ def test_no_variable_of_a_job_holds_a_secret() -> None:
     ("arguments", "said"),
     [
         (["train", "--config", "configs/demo.yaml", "--train.imagez=3"], "unrecognized arguments: --train.imagez=3"),
-        (["train", "--config", "configs/sd14.yaml", "--root=out", "--train.workers=8"], "are 8 GPUs, but the cluster has at most 4"),
+        (
+            ["train", "--config", "configs/sd14.yaml", "--root=out", "--train.workers=8"],
+            "are 8 GPUs, but the cluster has at most 4",
+        ),
         (["train", "--config", "configs/sd14.yaml"], "root=gs://YOUR-BUCKET/moma is a placeholder"),
-        (["pipeline", "--config", "configs/sd14.yaml", "--root=gs://ours/moma", "--train.workers=4"], "full fine-tuning over 4 nodes"),
+        (
+            ["pipeline", "--config", "configs/sd14.yaml", "--root=gs://ours/moma", "--train.workers=4"],
+            "full fine-tuning over 4 nodes",
+        ),
         (["paint", "--config", "configs/demo.yaml"], "invalid choice: 'paint'"),
     ],
 )
@@ -73,7 +79,9 @@ def test_a_mistake_is_found_before_anything_is_sent(arguments: list[str], said: 
     assert (refused.returncode, said in refused.stderr) == (2, True)
 
 
-@pytest.mark.parametrize(("stage", "cloud", "force"), [("train", "runpod", True), ("train", "gke", False), ("encode", "runpod", False)])
+@pytest.mark.parametrize(
+    ("stage", "cloud", "force"), [("train", "runpod", True), ("train", "gke", False), ("encode", "runpod", False)]
+)
 def test_slow_links_are_refused_only_where_they_matter(stage: str, cloud: cost.Cloud, force: bool) -> None:
     submit.check(from_file(str(HOME / "configs" / "sd14.yaml"), ["--root=out", "--train.workers=4"]), stage, cloud, force)
 
@@ -90,7 +98,11 @@ def ray_that_says(folder: Path, status: str) -> list[str]:
         ("Job 'x' succeeded", 0, ""),
         ("Job 'x' failed", 1, "x: Job 'x' failed"),
         ("Job 'x' was stopped", 1, "was stopped"),
-        ("", 75, "was lost, and the job goes on without it. Open the tunnel again.*ray job logs --address http://here --follow x"),
+        (
+            "",
+            75,
+            "was lost, and the job goes on without it. Open the tunnel again.*ray job logs --address http://here --follow x",
+        ),
         ("Status for job 'x': RUNNING", 75, "goes on without it"),
     ],
 )
@@ -329,7 +341,16 @@ def test_a_stopped_job_goes_on_from_its_very_step(cluster: Cluster, tiny_base: P
 @pytest.mark.timeout(600)
 def test_a_stop_while_workers_wait_for_room_ends_at_once(cluster: Cluster, tiny_base: Path, tmp_path: Path) -> None:
     _, options = published(tiny_base, tmp_path)
-    command = [sys.executable, "-m", "deploy.submit", "train", "--config", "configs/demo.yaml", *options, "--train.cpus_per_worker=9"]
+    command = [
+        sys.executable,
+        "-m",
+        "deploy.submit",
+        "train",
+        "--config",
+        "configs/demo.yaml",
+        *options,
+        "--train.cpus_per_worker=9",
+    ]
     with subprocess.Popen(command, cwd=HOME, env=cluster.environment, stdout=subprocess.PIPE, text=True) as waiting:
         assert waiting.stdout is not None
         (name,) = re.findall(r"submitted (train-[\d-]+)", waiting.stdout.readline())
