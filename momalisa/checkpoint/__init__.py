@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from momalisa.checkpoint.card import card, licence
 from momalisa.config import Diffusion
 from momalisa.latents import TextEncoder
-from momalisa.storage import Store
+from momalisa.storage import StorageError, Store
 from momalisa.weights import locate
 
 BEST = "refs/best"
@@ -91,11 +91,13 @@ def write(store: Store, checkpoint: Checkpoint, weights: Path, state: Path | Non
 
 
 def read(store: Store, path: str) -> Checkpoint:
-    """The checkpoint at a path. Raises NoCheckpoint where there is no manifest, or one that is not ours."""
+    """The checkpoint at a path. Raises NoCheckpoint where there is no manifest, or one that is not ours; StorageError."""
     try:
         value = store.read_json(f"{path}/manifest.json")
     except FileNotFoundError as error:
         raise NoCheckpoint(f"{store.url(path)} holds no complete checkpoint") from error
+    except StorageError:  # a ValueError too: what cannot be asked may well be there
+        raise
     except ValueError as error:
         raise NoCheckpoint(f"{store.url(path)}/manifest.json is damaged: {error}") from error
     if (wrong := _wrong(value, path)) is not None:
