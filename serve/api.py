@@ -6,7 +6,6 @@ POST /v1/images/generations /v1/images/edits /v1/comparisons   /v1/jobs   GET /v
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
@@ -28,12 +27,10 @@ from serve.comparisons import Comparisons
 from serve.document import document
 from serve.errors import ApiError
 from serve.jobs import Jobs
-from serve.log import RequestLog
+from serve.log import RequestLog, ServerErrors
 from serve.meters import HttpMeters, gathered
 from serve.stream import ClientLeft, EventStream, unless_left
 from serve.task import Backend, Event, Failed, GenerationTask, Rejected, State, Unavailable
-
-logger = logging.getLogger(__name__)
 
 DECODERS = 2  # pictures that are decoded at once: each takes some 100 MB at the largest size that is allowed
 WEB = Path(__file__).parent / "web"
@@ -93,6 +90,7 @@ class Service:
                 self.meters.refused_prompts.inc()
                 raise answers.filtered(reason, "prompt")
         who = {"key": caller.id, "kiosk": caller.kiosk, "trace": request.query_params.get("debug") == "trace"}
+        who["request_id"] = request.state.request_id
         return wire.generation_task(asked, self.limits, image, mask, **who)
 
     async def _generation(self, request: Request) -> tuple[wire.ImagesRequest, None, None]:
@@ -115,14 +113,14 @@ class Service:
     async def images(self, request: Request, edit: bool) -> Response:
         task, asked = await self.task(request, edit)
         if asked.stream:
-            return await self._stream(task)
+            return await self._stream(request, task)
         pictures, completed = await unless_left(request, answers.collect(self.backend, task))
         return JSONResponse(answers.body(task, pictures, completed, as_url=asked.response_format == "url"))
 
-    async def _stream(self, task: GenerationTask) -> Response:
+    async def _stream(self, request: Request, task: GenerationTask) -> Response:
         """The first event decides: nothing can become a 429 once a stream has begun."""
         events = self.backend.generate(task)
-        first = await anext(events, Failed("the generator was lost while it painted; try again", retry=True))
+        first = await unless_left(request, _first(events))
         if isinstance(first, Rejected | Failed):
             await events.aclose()
             raise answers.failure(first)
@@ -133,6 +131,10 @@ class Service:
             return await self.backend.state()
         except Unavailable as error:
             raise answers.failure(Failed(str(error), retry=True)) from None
+
+
+async def _first(events: AsyncGenerator[Event, None]) -> Event:
+    return await anext(events, Failed("the generator was lost while it painted; try again", retry=True))
 
 
 async def _with(first: Event, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
@@ -152,6 +154,7 @@ def create_app(backend: Backend, limits: config.Serve) -> FastAPI:
     """The ASGI app over a backend. What visitors may ask is in `limits`. Raises ValueError for a file that is not there."""
     service = Service(backend, limits)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app.add_middleware(ServerErrors)  # the innermost: its answers get the headers of all the others
     if limits.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -162,7 +165,7 @@ def create_app(backend: Backend, limits: config.Serve) -> FastAPI:
         )
     app.add_middleware(SecurityHeaders)
     app.add_middleware(RequestLog, meters=service.meters)
-    for kind, handler in ((ApiError, _api_error), (HTTPException, _http_error), (ClientLeft, _left), (Exception, _server_error)):
+    for kind, handler in ((ApiError, _api_error), (HTTPException, _http_error), (ClientLeft, _left)):
         app.add_exception_handler(kind, handler)
     _image_routes(app, service)
     _job_routes(app, service)
@@ -186,7 +189,7 @@ def _job_routes(app: FastAPI, service: Service) -> None:
     async def start(request: Request) -> Response:
         edit = request.headers.get("Content-Type", "").lower().startswith("multipart/")
         task, _ = await service.task(request, edit)
-        job = await service.jobs.start(task)
+        job = await unless_left(request, service.jobs.start(task))
         return JSONResponse(job.body(), 202, {"Location": f"/v1/jobs/{job.id}"})
 
     @app.get("/v1/jobs/{id_}")
@@ -232,9 +235,10 @@ def _other_routes(app: FastAPI, service: Service) -> None:
     @app.get("/healthz")
     async def healthz() -> Response:
         state = await service.state()
-        shown = {"checkpoint": state.checkpoint, "trial": state.trial or None, "problem": state.problem or None}
-        shown["challenger"] = state.challenger or None
-        return JSONResponse({"status": "ok", **shown})
+        what = state.problem.partition(": ")[0]  # why is for the log: it may hold the store's address
+        shown = {"checkpoint": state.checkpoint, "trial": state.trial or None, "challenger": state.challenger or None}
+        shown["problem"] = f"{what}; the log says why" if what else None
+        return JSONResponse({"status": "ok", **shown, "picture_check": state.picture_check})
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
@@ -274,11 +278,6 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
 
 async def _left(_: Request, error: Exception) -> Response:
     return Response(status_code=499)  # nobody reads it; the log does
-
-
-async def _server_error(_: Request, error: Exception) -> JSONResponse:
-    logger.error("a request failed", exc_info=error)
-    return JSONResponse(ApiError(500, "the server failed; its log says why", kind="server_error").body(), 500)
 
 
 class SecurityHeaders:

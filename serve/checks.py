@@ -51,9 +51,9 @@ def forbidden(words: list[str]) -> PromptCheck:
 
 
 def plain(text: str) -> str:
-    """Compatibility forms, accents and case folded away."""
+    """Compatibility forms, accents, case and what nobody sees (zero width: category Cf) folded away."""
     letters = unicodedata.normalize("NFKD", text)
-    return "".join(letter for letter in letters if not unicodedata.combining(letter)).casefold()
+    return "".join(one for one in letters if not (unicodedata.combining(one) or unicodedata.category(one) == "Cf")).casefold()
 
 
 def imported(name: str) -> Callable[[Any], str | None]:
@@ -75,21 +75,34 @@ def picture_check(limits: Serve, diffusion: Diffusion, device: Any) -> PictureCh
     return safety_checker(diffusion, device)
 
 
+def said(limits: Serve, check: PictureCheck | None) -> str:
+    """Which picture check is at work, for the log and for /healthz."""
+    if check is None:
+        return "off" if limits.picture_check == "off" else "none: the base model has no safety checker"
+    return "safety_checker" if limits.picture_check == "auto" else limits.picture_check
+
+
 def safety_checker(diffusion: Diffusion, device: Any) -> PictureCheck | None:
-    """Stable Diffusion's own (Rombach et al. 2022, as CompVis published it), where the base model's folder has one."""
+    """Stable Diffusion's own (Rombach et al. 2022, as CompVis published it); None where the base's `model_index.json` names none.
+
+    Raises ValueError for one that is named and cannot be loaded: it is never left out in silence.
+    """
+    if not (_index(diffusion).get("safety_checker") or [None])[0]:
+        return None
     import numpy as np
     import torch
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPImageProcessor
 
-    from momalisa.weights import locate
+    from momalisa.pretrained import pretrained
 
-    where, names = locate(diffusion.model), {"revision": diffusion.revision}
+    names = {"revision": diffusion.revision}
     try:
-        judge: Any = StableDiffusionSafetyChecker.from_pretrained(where, subfolder="safety_checker", **names).to(device).eval()
-        prepare: Any = CLIPImageProcessor.from_pretrained(where, subfolder="feature_extractor", **names)
-    except OSError:
-        return None
+        options = {**names, "variant": diffusion.variant}
+        judge = pretrained(StableDiffusionSafetyChecker, diffusion.model, subfolder="safety_checker", **options).to(device).eval()
+        prepare = pretrained(CLIPImageProcessor, diffusion.model, subfolder="feature_extractor", **names)
+    except ValueError as error:
+        raise ValueError(f"{error}. Its model_index.json names a safety checker; serve.picture_check=off does without") from error
 
     @torch.no_grad()
     def check(picture: Image.Image) -> str | None:
@@ -98,3 +111,15 @@ def safety_checker(diffusion: Diffusion, device: Any) -> PictureCheck | None:
         return "the safety checker withholds this picture" if found[0] else None
 
     return check
+
+
+def _index(diffusion: Diffusion) -> dict[str, Any]:
+    """What the base's pipeline consists of. Raises ValueError."""
+    from diffusers import DiffusionPipeline
+
+    from momalisa.weights import locate
+
+    try:
+        return dict(DiffusionPipeline.load_config(locate(diffusion.model), revision=diffusion.revision))
+    except OSError as error:
+        raise ValueError(f"cannot load {diffusion.model} (model_index.json): {' '.join(str(error).split())}") from error

@@ -169,7 +169,7 @@ def _schemas() -> dict[str, Any]:
         ),
         "Vote": _object("object better other", object={"const": "image.vote"}, better=text, other=text),
         "Health": _object(
-            "status checkpoint trial problem challenger", status={"const": "ok"}, checkpoint=text, trial=maybe, problem=maybe,
-            challenger=maybe,
+            "status checkpoint trial problem challenger picture_check", status={"const": "ok"}, checkpoint=text, trial=maybe,
+            problem=maybe, challenger=maybe, picture_check=text,
         ),
     }  # fmt: skip

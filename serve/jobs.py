@@ -1,7 +1,8 @@
 """Tasks that outlive a connection: asked for, looked after and fetched later, for proxies that cut long requests.
 
 They are kept in the memory of the HTTP layer (run one of it): at most `max_jobs`, finished ones of at most `max_bytes` together
-and for at most `keep_s`. Where there is no room, those that finished first go first; who asks for one that is gone is told so.
+and for at most `keep_s`. Where there is no room, of who has most those that finished first go first; who asks for one that is
+gone is told so.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import math
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -179,17 +181,22 @@ class Jobs:
 
     def _forget(self, most: int) -> None:
         """Those that are too old, and as many of the others as leave `most` jobs and few enough bytes; none under way."""
-        oldest_first, now = list(self._finished.values()), self._clock()
-        for job in oldest_first:
-            crowded = len(self._jobs) > most or self._finished_bytes > self._max_bytes
-            if not crowded and now <= job.ended_at + self._keep_s:
-                break
+        now = self._clock()
+        for job in [job for job in self._finished.values() if now > job.ended_at + self._keep_s]:
             self._drop(job)
-            self._gone[job.id] = job.owner
+        while self._finished and (len(self._jobs) > most or self._finished_bytes > self._max_bytes):
+            self._drop(self._least_missed(by_bytes=len(self._jobs) <= most))
         while len(self._gone) > MAX_GONE:
             del self._gone[next(iter(self._gone))]
 
+    def _least_missed(self, by_bytes: bool) -> Job:
+        """The finished job that ended first, of the owner who has most: bytes of finished jobs, or jobs."""
+        held = Counter[str]()
+        for job in (self._finished if by_bytes else self._jobs).values():
+            held[job.owner] += job.bytes if by_bytes else 1
+        return max(self._finished.values(), key=lambda job: held[job.owner])  # the first of equals
+
     def _drop(self, job: Job) -> None:
-        del self._jobs[job.id]
-        if self._finished.pop(job.id, None) is not None:
-            self._finished_bytes -= job.bytes
+        del self._jobs[job.id], self._finished[job.id]
+        self._finished_bytes -= job.bytes
+        self._gone[job.id] = job.owner

@@ -47,11 +47,15 @@ def make(name: str, scopes: tuple[str, ...], days: float | None, requests_per_mi
     """A new key and its secret. Raises ValueError for what cannot be."""
     if unknown := [scope for scope in scopes if scope not in SCOPES]:
         raise ValueError(f"scopes={','.join(unknown)} are not known; there are {', '.join(SCOPES)}")
-    if requests_per_minute < 1:
-        raise ValueError(f"requests_per_minute={requests_per_minute} must be at least 1")
+    _check_rate(requests_per_minute)
     secret = f"moma_{secrets.token_urlsafe(32)}"
     expires = None if days is None else (datetime.now(UTC) + timedelta(days=days)).isoformat(timespec="seconds")
     return Key(secrets.token_hex(4), name, digest(secret), scopes, expires, requests_per_minute), secret
+
+
+def _check_rate(requests_per_minute: int) -> None:
+    if not requests_per_minute >= 1:
+        raise ValueError(f"requests_per_minute={requests_per_minute} must be at least 1")
 
 
 def read(path: Path) -> list[Key]:
@@ -61,6 +65,7 @@ def read(path: Path) -> list[Key]:
         found = [Key(**{**row, "scopes": tuple(row["scopes"])}) for row in rows]
         for key in found:
             key.expired(datetime.now(UTC))
+            _check_rate(key.requests_per_minute)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no file of API keys: {error}; python -m serve.keys add makes one") from error
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 
 from PIL import Image
 
@@ -35,10 +36,13 @@ class LoadedCheckpoint:
         """Note how much work is left, for threads that may not ask the engine."""
         self.pending_row_steps = self.engine.pending_row_steps
 
-    def start(self, sample: Sample) -> None:
-        """Put a sample into the engine's batch. Raises ValueError for a request that cannot be."""
-        sample.id = self.engine.submit(request_of(sample.active.task, sample.index))
-        sample.checkpoint = self
+    def submit(self, sample: Sample) -> int:
+        """Its number in the engine's queue; may take a while the first time. Raises ValueError for a request that cannot be."""
+        return self.engine.submit(sample.active.requests[sample.index])
+
+    def start(self, sample: Sample, id_: int) -> None:
+        """Note that the engine has a sample, as this number."""
+        sample.id, sample.checkpoint = id_, self
         self.running[sample.id] = sample
         self.count()
 
@@ -51,9 +55,13 @@ class LoadedCheckpoint:
 
 def request_of(task: GenerationTask, index: int) -> Request:
     """The engine's request for one of a task's seeds."""
+    return requests_of(task)[index]
+
+
+def requests_of(task: GenerationTask) -> list[Request]:
+    """The engine's requests, one for each seed; pictures are decoded, once for all."""
     request = Request(
         prompt=task.prompt,
-        seed=task.seeds[index],
         steps=task.steps,
         guidance_scale=task.guidance_scale,
         negative_prompt=task.negative_prompt,
@@ -66,7 +74,7 @@ def request_of(task: GenerationTask, index: int) -> Request:
         reproducible=task.reproducible,
         adapter=task.adapter,
     )
-    return at_tier(request, task.tier)
+    return [at_tier(replace(request, seed=seed), task.tier) for seed in task.seeds]
 
 
 def _opened(data: bytes | None, mode: str) -> Image.Image | None:

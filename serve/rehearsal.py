@@ -7,7 +7,7 @@ from dataclasses import replace
 from momalisa.config import EVALUATION_PROMPTS, Serve
 from momalisa.engine import Request
 from serve import finishing
-from serve.loaded_checkpoint import LoadedCheckpoint, request_of
+from serve.loaded_checkpoint import LoadedCheckpoint, request_of, requests_of
 from serve.mailbox import Mailbox
 from serve.sample import ActiveTask, Sample, samples_of
 from serve.task import Event, GenerationTask
@@ -31,7 +31,8 @@ def task_of(limits: Serve, number: int) -> GenerationTask:
 
 def sample_of(limits: Serve, number: int, now: float) -> Sample:
     """A sample that is in no line, and that nobody waits for: its task is closed, as if its visitor had left."""
-    [sample] = samples_of(ActiveTask(task_of(limits, number), Nobody(), now, closed=True))
+    task = task_of(limits, number)
+    [sample] = samples_of(ActiveTask(task, requests_of(task), Nobody(), now, closed=True))
     return sample
 
 

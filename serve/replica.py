@@ -19,6 +19,7 @@ from momalisa.engine import Engine
 from momalisa.storage import Store
 from serve import checks, rehearsal
 from serve.loaded_checkpoint import LoadedCheckpoint
+from serve.lookup import Lookup
 from serve.meters import Meters
 from serve.scheduler import Scheduler
 from serve.task import Ballot, Event, GenerationTask, State, Unavailable
@@ -42,22 +43,28 @@ class Generator:
         if self._device == "cpu":
             torch.set_num_threads(settings.serve.threads or os.cpu_count() or 1)  # Ray says 1
         path = path or checkpoint.read_best(self._store).path
-        self.meters = Meters()
+        self.meters, self._lookup = Meters(), Lookup(settings.root)
         self._name = uuid.uuid4().hex[:8]
-        self._challenger_problem = ""
+        self._challenger_problem = self._told = ""
         self._scheduler = Scheduler(self._load(path), settings.serve, self.meters, self._challenger(settings.serve.challenger))
         every_s = settings.serve.watch_s
         self._watch = Watch(self._store, self._load, self._scheduler, every_s) if every_s else None
 
     async def generate(self, task: GenerationTask) -> AsyncGenerator[Event, None]:
         """Events up to an outcome; closing it frees the rows. Does not raise."""
+        if refusal := await self._lookup.refusal(task.adapter):
+            yield refusal
+            return
         async for event in self._scheduler.generate(task):
             yield event
 
     async def state(self) -> State:
         """What is served; answers while painting too."""
-        problem = self._watch.problem if self._watch else ""
-        return replace(self._scheduler.state(), problem=problem or self._challenger_problem)
+        problem = (self._watch.problem if self._watch else "") or self._challenger_problem
+        if problem != self._told:  # the whole of it is for the log alone
+            self._told = problem
+            logger.warning("what is served is not what is wanted: %s", problem or "it is again")
+        return replace(self._scheduler.state(), problem=problem)
 
     async def vote(self, ballot: Ballot) -> None:
         """One more file below votes/. Raises Unavailable where the store does not take it."""
@@ -86,6 +93,7 @@ class Generator:
         if self._watch:
             self._watch.close()
         self._scheduler.close()
+        self._lookup.close()
 
     def _challenger(self, name: str) -> LoadedCheckpoint | None:
         """None where there is none, or it cannot be served: the state then says why, and pictures are drawn all the same."""
@@ -116,10 +124,10 @@ class Generator:
             self._device,
             dtype,
             serve.max_rows,
-            self._store,
-            serve.max_adapters,
-            checkpoint.load_text_encoder(self._store, published, self._device, dtype),
-            published.zero_terminal_snr,
+            max_adapters=serve.max_adapters,
+            text_encoder=checkpoint.load_text_encoder(self._store, published, self._device, dtype),
+            zero_terminal_snr=published.zero_terminal_snr,
+            catalogue=self._lookup.catalogue,
         )
         if serve.compile:
             engine.compile([serve.size_px], serve.compile_cache or None)
@@ -127,4 +135,5 @@ class Generator:
         loaded = LoadedCheckpoint(engine, published.id, path, check)
         rehearsal.warm_up(loaded, serve)
         logger.info("%s is ready on %s after %.1f s", published.id, self._device, time.monotonic() - started)
+        logger.info("%s: the picture check is %s", published.id, checks.said(serve, check))
         return loaded

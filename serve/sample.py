@@ -5,6 +5,7 @@ Changed under the scheduler's lock.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from serve.mailbox import Mailbox
 from serve.task import GenerationTask
 
 if TYPE_CHECKING:
+    from momalisa.engine import Request
     from serve.loaded_checkpoint import LoadedCheckpoint
 
 MAX_TICKS = 1000  # of a trace
@@ -25,6 +27,7 @@ class ActiveTask:
     """A task that was accepted. `checkpoint`: the weights that its first sample began with, and all others get."""
 
     task: GenerationTask
+    requests: Sequence[Request]  # one for each seed
     mailbox: Mailbox
     entered_at: float
     samples: list[Sample] = field(default_factory=list)  # those that are not done

@@ -9,22 +9,24 @@ share while it is a canary, and then everything; the old one is ticked until its
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from functools import partial
 
 from momalisa.config import Serve
 from momalisa.engine import Broken, Preview
 from momalisa.engine.events import Event as EngineEvent
-from serve import finishing, rehearsal
+from momalisa.storage import StorageError
+from serve import checks, finishing, rehearsal
 from serve.admission import Admission
 from serve.canary import ENOUGH_PICTURES, Canary
-from serve.loaded_checkpoint import LoadedCheckpoint
+from serve.loaded_checkpoint import LoadedCheckpoint, requests_of
 from serve.mailbox import Mailbox
 from serve.meters import Meters
 from serve.rollout import Rollout
@@ -67,7 +69,9 @@ class Scheduler:
 
     async def generate(self, task: GenerationTask) -> AsyncGenerator[Event, None]:
         """Rejected, or events up to an outcome. Closing the generator gives the rows back."""
-        active = ActiveTask(task, Mailbox(), self._clock())
+        entered_at = self._clock()
+        requests = requests_of(task) if task.image is None else await asyncio.to_thread(requests_of, task)
+        active = ActiveTask(task, requests, Mailbox(), entered_at)
         if refusal := self._enter(active):
             yield refusal
             return
@@ -88,6 +92,7 @@ class Scheduler:
                 trial=new.id if new else "",
                 waiting=len(self._admission),
                 challenger=challenger.id if challenger else "",
+                picture_check=checks.said(self._limits, main.check),
             )
 
     def check_health(self) -> None:
@@ -233,6 +238,15 @@ class Scheduler:
             sample.active.checkpoint = self._rollout.main
             self._admission.requeue(sample.again())
 
+    @contextmanager
+    def _unlocked(self) -> Iterator[None]:
+        """Let the lock go for something slow; it is held once. What it guards may have changed afterwards."""
+        self._wake.release()
+        try:
+            yield
+        finally:
+            self._wake.acquire()
+
     def _start(self) -> None:
         """Give free rows to who is next, unless finished pictures pile up."""
         free = self._limits.max_rows - sum(checkpoint.rows for checkpoint in self._rollout.checkpoints())
@@ -241,11 +255,18 @@ class Scheduler:
             sample = self._admission.next(free)
             if sample is None:
                 return
+            checkpoint = self._rollout.choose(sample)
             try:
-                self._rollout.choose(sample).start(sample)
-                free -= sample.rows
+                with self._unlocked():
+                    id_ = checkpoint.submit(sample)
             except ValueError as error:
                 self._close(sample.active, Failed(str(error), wrong=True))
+                continue
+            if sample not in sample.active.samples:  # it has left meanwhile
+                checkpoint.engine.cancel(id_)
+                continue
+            checkpoint.start(sample, id_)
+            free -= sample.rows
 
     def _rehearse(self, free: int) -> int:
         """Let the new checkpoint paint for nobody where its trial needs that; how many of the free rows it takes."""
@@ -257,7 +278,7 @@ class Scheduler:
         if sample.rows > free:
             return 0
         try:
-            new.start(sample)
+            new.start(sample, new.submit(sample))
         except ValueError as error:
             canary.fail(str(error))
             return 0
@@ -302,23 +323,28 @@ class Scheduler:
         if sample is None:
             return  # it has left
         if isinstance(event, Broken):
-            self._spoilt(sample, checkpoint, str(event.error))
+            self._spoilt(sample, checkpoint, str(event.error), retry=isinstance(event.error, StorageError))
             return
         self._finishing += 1
         future = self._finishers.submit(finishing.finished, sample, checkpoint, event)
         future.add_done_callback(partial(self._finished, sample, checkpoint))
 
-    def _spoilt(self, sample: Sample, checkpoint: LoadedCheckpoint, problem: str) -> None:
-        """No picture came. Where it is not the main checkpoint's, that one draws it again; else the visitor is told."""
+    def _spoilt(self, sample: Sample, checkpoint: LoadedCheckpoint, problem: str, retry: bool = False) -> None:
+        """No picture came. Where it is not the main checkpoint's, that one draws it again; else the visitor is told.
+
+        `retry`: it may come soon, as where the store of adapters does not answer.
+        """
+        request_id = sample.active.task.request_id
         if checkpoint is not self._rollout.main:
-            logger.warning("%s: a picture failed: %s", checkpoint.id, problem)
+            logger.warning("request %s: %s: a picture failed: %s", request_id, checkpoint.id, problem)
             self._once_more(sample)
             if checkpoint is self._rollout.new and sample.active.task.adapter is None:
                 self._rollout.fail(problem)
             return
-        logger.error("a picture failed: %s", problem)
+        logger.error("request %s: %s: a picture failed: %s", request_id, checkpoint.id, problem)
         if not sample.active.closed:
-            self._close(sample.active, Failed("the picture could not be painted: the server's log says why"))
+            told = f"the picture could not be painted: the server's log says why, at request {request_id or '(no id)'}"
+            self._close(sample.active, Failed(told, retry=retry))
 
     # ---- in a finishing thread
 
@@ -327,7 +353,8 @@ class Scheduler:
         with self._wake:
             self._finishing -= 1
             if error is not None:
-                logger.error("a picture could not be finished", exc_info=error)
+                request_id = sample.active.task.request_id
+                logger.error("request %s: a picture could not be finished", request_id, exc_info=error)
                 self._spoilt(sample, checkpoint, f"{type(error).__name__}: {error}")
             else:
                 self._deliver(sample, checkpoint, future.result())
@@ -344,6 +371,7 @@ class Scheduler:
         self._rollout.note_picture(checkpoint)
         if sample not in active.samples:
             return  # it has left, or is being drawn again
+        logger.info("request %s: %s: picture %d is finished", active.task.request_id, checkpoint.id, made.index)
         self._meters.pictures.inc()
         if made.filtered:
             self._meters.filtered.labels("picture").inc()

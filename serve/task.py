@@ -6,7 +6,7 @@ Plain data, so that the HTTP layer needs no torch and its tests need no Ray.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 Sampler = Literal["ddim", "euler", "dpmpp_2m", "dpmpp_2m_karras", "unipc"]  # as momalisa.engine, which imports torch
@@ -36,6 +36,7 @@ class GenerationTask:
     trace: bool = False
     tier: Tier = "full"
     compare: bool = False  # one seed, twice: the second picture is the challenger's
+    request_id: str = field(default="", compare=False)  # for logs: what was asked for is the same under any
 
     @property
     def rows(self) -> int:
@@ -110,6 +111,7 @@ class State:
     problem: str = ""  # why refs/best is not what is served
     waiting: int = 0  # pictures in line
     challenger: str = ""  # a checkpoint that visitors may compare with the present one
+    picture_check: str = ""  # what finished pictures must pass
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Pictures that visitors send: judged and decoded as collected ones are, then made the square that the engine takes.
 
 A mask is OpenAI's: where it is transparent, the picture is painted again. Without a mask the picture's own transparency
-is one. The engine takes the opposite: white is painted again.
+is one. Both are turned upright by their own EXIF orientation first. The engine takes the opposite: white is painted again.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from PIL import Image, ImageOps
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from momalisa.collect.hygiene import BadPicture, clean
+from momalisa.collect.hygiene import UPRIGHT, BadPicture, clean, orientation_of
 from momalisa.config import Collect, Serve
 from serve.errors import ApiError
 
 MAX_FIELDS = 40
 PICTURES = ("image", "image[]")
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations whose width is the upright picture's height
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,20 @@ def _mask(data: bytes, image: bytes, size_px: int, limits: Serve) -> Image.Image
     mask = _alpha(data)
     if mask is None:
         raise ApiError(400, "the mask has no transparency: what is transparent is painted again", "mask", "invalid_value")
-    with Image.open(io.BytesIO(image)) as original:
-        width, height = original.size
+    width, height = _upright_size(image)
     if mask.size != (width, height):
         shown = f"{mask.width}x{mask.height}, the picture {width}x{height}"
-        raise ApiError(400, f"the mask is {shown}: both must have one size", "mask", "invalid_value")
+        raise ApiError(400, f"the mask is {shown} (upright): both must have one size", "mask", "invalid_value")
     return mask
+
+
+def _upright_size(data: bytes) -> tuple[int, int]:
+    """Width and height of a picture as people see it. Call it after `_cleaned` has judged the bytes."""
+    with Image.open(io.BytesIO(data)) as picture:
+        if picture.format == "TIFF":
+            picture.load()  # Pillow turns it then, and forgets its orientation
+        width, height = picture.size
+        return (height, width) if orientation_of(picture) in SIDEWAYS else (width, height)
 
 
 def _cleaned(data: bytes, name: str, size_px: int, limits: Serve) -> Image.Image:
@@ -90,11 +99,14 @@ def _cleaned(data: bytes, name: str, size_px: int, limits: Serve) -> Image.Image
 
 
 def _alpha(data: bytes) -> Image.Image | None:
-    """What is to be painted again, white; None where nothing is transparent. Call it after `_cleaned` has judged the bytes."""
+    """What is to be painted again, white, upright; None where nothing is transparent. Call it after `_cleaned` has judged it."""
     with Image.open(io.BytesIO(data)) as picture:
         if not picture.has_transparency_data:
             return None
         mask = picture.convert("RGBA").getchannel("A").point(lambda alpha: 255 if alpha < 128 else 0)
+        orientation = orientation_of(picture)
+    if orientation in UPRIGHT:
+        mask = mask.transpose(UPRIGHT[orientation])
     return mask if mask.getbbox() else None
 
 

@@ -86,7 +86,7 @@ def _as_it_is(data: bytes, image: Image.Image, settings: Collect) -> CleanPictur
     """A JPEG that needs no mending, with its own coded pixels; None: it has to be encoded again."""
     if image.format not in JPEGS or image.mode != "RGB" or max(image.size) > settings.max_side_px:
         return None
-    if _orientation(image) in UPRIGHT or not _is_srgb(image.info.get("icc_profile")):
+    if orientation_of(image) in UPRIGHT or not _is_srgb(image.info.get("icc_profile")):
         return None
     file = jpeg.bare(data)
     if file is None:
@@ -103,7 +103,7 @@ def _cleaned(image: Image.Image, settings: Collect) -> CleanPicture:
         image.draft(None, (2 * width, 2 * height))
     with _large if image.width * image.height > LARGE_PIXELS else nullcontext():
         image.load()
-        orientation, profile = _orientation(image), image.info.get("icc_profile")
+        orientation, profile = orientation_of(image), image.info.get("icc_profile")
         image = _scalable(image)
         scaled = image.resize(fitting(image.size, settings.max_side_px), Image.Resampling.LANCZOS, reducing_gap=REDUCING_GAP)
     picture = _rgb(scaled, profile, settings.matte)
@@ -155,7 +155,7 @@ def _short(error: BaseException) -> str:
     return " ".join(text.split())[:160] or type(error).__name__
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """EXIF orientation 1..8; 1 where the tag is missing or broken. (Pillow has turned TIFF files already.)"""
     try:
         return int(image.getexif().get(ORIENTATION, 1))

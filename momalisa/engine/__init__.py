@@ -8,9 +8,12 @@ decoding.py     finished latents -> pictures
 preview.py      rough pictures on the way
 texts.py        prompts, encoded once
 events.py       what a tick says about requests
+catalogue.py    which adapters there are
+adapters.py     adapters, loaded
 engine.py       the queue and the tick
 """
 
+from momalisa.engine.catalogue import Catalogue, NoAdapter
 from momalisa.engine.engine import Engine
 from momalisa.engine.events import Broken, Done, Event, GenerationError, Preview
 from momalisa.engine.request import SAMPLERS, Request, Sampler, from_parameters, to_parameters
@@ -20,10 +23,12 @@ from momalisa.engine.tiers import Tier, at_tier
 __all__ = [
     "SAMPLERS",
     "Broken",
+    "Catalogue",
     "Done",
     "Engine",
     "Event",
     "GenerationError",
+    "NoAdapter",
     "Preview",
     "Request",
     "Sampler",

@@ -8,7 +8,6 @@ of them cost little more memory than one.
 from __future__ import annotations
 
 import copy
-import re
 import tempfile
 from collections import OrderedDict
 from collections.abc import Collection
@@ -18,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from momalisa import checkpoint
-from momalisa.checkpoint import LORA_FILE, Checkpoint, NoCheckpoint
+from momalisa.checkpoint import LORA_FILE, Checkpoint
 from momalisa.config import Diffusion
+from momalisa.engine.catalogue import Catalogue, NoAdapter
 from momalisa.latents import TextEncoder
-from momalisa.storage import Store
 
 MAX_ADAPTERS = 4
-NAME = re.compile(r"[\w-][\w.-]*/\d+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,47 +34,37 @@ class Adapted:
 
 
 class Adapters:
-    """What a store holds for one base. Named `<run>/<images seen>`, as its checkpoints are."""
+    """Those of a catalogue that are for one base."""
 
-    def __init__(self, unet: Any, text_encoder: TextEncoder, store: Store, base: Diffusion, most: int = MAX_ADAPTERS) -> None:
+    def __init__(
+        self, unet: Any, text_encoder: TextEncoder, catalogue: Catalogue, base: Diffusion, most: int = MAX_ADAPTERS
+    ) -> None:
         """Raises ValueError where `most` is less than 1."""
         if most < 1:
             raise ValueError(f"max_adapters={most} must be at least 1")
         self._unet, self._text_encoder = unet, text_encoder
-        self._store, self._base, self._most = store, base, most
-        self._found: dict[str, Checkpoint] = {}
+        self.catalogue, self._base, self._most = catalogue, base, most
         self._loaded: OrderedDict[str, Future[Adapted]] = OrderedDict()  # the one used last is last
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapters")
 
     def check(self, name: str) -> Checkpoint:
-        """The adapter's checkpoint. Raises ValueError for a name that is no adapter of this base.
-
-        Reads a small file the first time.
-        """
-        if name in self._found:
-            return self._found[name]
-        if not NAME.fullmatch(name):
-            raise ValueError(f"adapter={name!r} is not of the form run/images, such as impressionists/6400")
-        try:
-            found = checkpoint.read(self._store, f"checkpoints/{name}")
-        except NoCheckpoint as error:
-            raise ValueError(f"adapter={name!r}: {error}") from error
-        if not found.lora:
-            raise ValueError(f"adapter={name!r} is a whole model, not a LoRA: promote it instead")
+        """The manifest of an adapter that the catalogue has found. Raises NoAdapter, for one of another base too."""
+        found = self.catalogue.known(name)
         if found.diffusion != self._base:
-            raise ValueError(
-                f"adapter={name!r} belongs to {found.diffusion.model}, and this engine draws with {self._base.model}"
-            )
-        self._found[name] = found
+            raise NoAdapter(f"adapter={name!r} was trained on another base model than this engine's: its manifest says which")
         return found
 
+    def __contains__(self, name: str) -> bool:
+        """Whether it has a place: loaded, or being loaded."""
+        return name in self._loaded
+
     def get(self, name: str, busy: Collection[str]) -> Adapted | None:
-        """The models with that adapter, or None while it is loaded or waits for a place among the `busy` ones.
+        """The models with that adapter, or None while it is loaded or waits for a place among the `busy` ones, which keep theirs.
 
         Raises what loading it raised, once; the next call tries again.
         """
         if name not in self._loaded and self._make_room(busy):
-            self._loaded[name] = self._thread.submit(self._load, self._found[name])
+            self._loaded[name] = self._thread.submit(self._load, self.check(name))
         loading = self._loaded.get(name)
         if loading is None or not loading.done():
             return None
@@ -103,7 +91,7 @@ class Adapters:
 
         unet, text_model = _sharing(self._unet), _sharing(self._text_encoder.model)
         with tempfile.TemporaryDirectory(prefix="momalisa-") as scratch:
-            directory = self._store.download(f"{found.path}/weights", found.files, Path(scratch))
+            directory = self.catalogue.store.download(f"{found.path}/weights", found.files, Path(scratch))
             state, alphas = StableDiffusionPipeline.lora_state_dict(directory, weight_name=LORA_FILE, unet_config=unet.config)
             StableDiffusionPipeline.load_lora_into_unet(state, network_alphas=alphas, unet=unet)
             own_texts = checkpoint.add_text_adapters(text_model, directory)

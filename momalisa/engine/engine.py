@@ -8,6 +8,7 @@ What one request gets does not depend on its neighbours but for the last bits of
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from momalisa.config import Diffusion
 from momalisa.diffusion import ZERO_TERMINAL_SNR
 from momalisa.engine.adapters import MAX_ADAPTERS, Adapted, Adapters
 from momalisa.engine.batch import Batch, Model
+from momalisa.engine.catalogue import Catalogue
 from momalisa.engine.decoding import Decoder, Finished
 from momalisa.engine.events import Broken, Done, Event, Preview
 from momalisa.engine.preview import Projection
@@ -40,6 +42,7 @@ OnStep = Callable[[int, int], None]
 MAX_ROWS = 32
 DECODED_TOGETHER = 8
 LOADING_S = 0.05  # a tick with nothing else to do waits so long for an adapter
+PLACE_S = 5.0  # after waiting so long for a place among the loaded ones an adapter is made room for
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class Lane:
 
     batch: Batch
     waiting: deque[Trajectory] = field(default_factory=deque)
+    no_place_since: float | None = None  # seconds: its adapter has waited since then for a place among those that are loaded
+    joined: int = 0  # the number of the tick in which one was let in last
 
     @property
     def trajectories(self) -> list[Trajectory]:
@@ -108,9 +113,10 @@ class Engine:
         self._projection: Projection | None = None
         self._step_done: torch.cuda.Event | None = None
         self._lanes: dict[Kind, Lane] = {}
+        self._leaving: str | None = None  # an adapter whose lanes let nobody in: another one has waited too long for its place
         self._held: list[Event] = []
         self.stepped: list[int] = []  # the requests that the last tick took a step on
-        self._next_id = 0
+        self._next_id = self._ticks = 0
 
     @classmethod
     def load(
@@ -124,8 +130,10 @@ class Engine:
         max_adapters: int = MAX_ADAPTERS,
         text_encoder: TextEncoder | None = None,
         zero_terminal_snr: bool = False,
+        catalogue: Catalogue | None = None,
     ) -> Engine:
-        """The base's pipeline around `unet` and `text_encoder` (default: the base's own), and adapters from `store`.
+        """The base's pipeline around `unet` and `text_encoder` (default: the base's own), and adapters from `store`,
+        or from a `catalogue` that several engines share.
 
         `text_encoder` is taken where and as it is; `zero_terminal_snr`: the UNet was trained so, and is
         sampled so. Raises ValueError where the base cannot be loaded.
@@ -135,7 +143,9 @@ class Engine:
         autoencoder = Autoencoder.load(diffusion, device, dtype)
         text_encoder = text_encoder or TextEncoder.load(diffusion, device, dtype)
         unet = _placed(load_base_unet(diffusion) if unet is None else unet, torch.device(device), dtype)
-        adapters = None if store is None else Adapters(unet, text_encoder, store, diffusion, max_adapters)
+        if catalogue is None and store is not None:
+            catalogue = Catalogue(store)
+        adapters = None if catalogue is None else Adapters(unet, text_encoder, catalogue, diffusion, max_adapters)
         config = scheduler_config(diffusion) | (ZERO_TERMINAL_SNR if zero_terminal_snr else {})
         return cls(unet, autoencoder, text_encoder, config, device, dtype, max_rows, adapters)
 
@@ -173,7 +183,10 @@ class Engine:
         return not (self._lanes or self._held or len(self._decoder))
 
     def submit(self, request: Request) -> int:
-        """Its id in events. It joins at the next tick with room. Raises ValueError for a request that cannot be."""
+        """Its id in events. It joins at the next tick with room. Raises ValueError for a request that cannot be.
+
+        Nothing is waited for: its adapter is one that the catalogue has found.
+        """
         table = self._check(request)
         self._next_id += 1
         kind = Kind(request.size_px, request.adapter, self._next_id if request.reproducible else None)
@@ -197,13 +210,15 @@ class Engine:
         """One step for the pictures of one kind, kinds taking turns, of which reproducible requests have one together; then some
         decoding. What there is to say about requests."""
         events, self._held, self.stepped = self._held, [], []
+        self._ticks += 1
+        self._make_places()
         chosen = self._choose(events)
         if self._step_done is not None:
             self._step_done.synchronize()  # one step at most waits on the GPU: what comes now is next
         if chosen is not None:
             kind, means = chosen
             lane = self._lanes.pop(kind)
-            events += self._advance(lane, means)
+            events += self._advance(lane, means, open_=kind.adapter is None or kind.adapter != self._leaving)
             if lane.trajectories:
                 self._lanes[kind] = lane  # last in turn
             if kind.alone is not None:
@@ -215,9 +230,11 @@ class Engine:
     def generate(self, requests: Sequence[Request], on_step: OnStep | None = None) -> list[Image.Image]:
         """RGB pictures in the order of the requests, however many. `on_step(done, total)`: picture steps, after every tick.
 
-        Raises ValueError for a request that cannot be, GenerationError where the result is not finite.
+        Raises ValueError for a request that cannot be, GenerationError where the result is not finite. Looks adapters up.
         """
         for request in requests:
+            if request.adapter is not None and self._adapters is not None:
+                self._adapters.catalogue.find(request.adapter)
             self._check(request)
         ids = [self.submit(request) for request in requests]
         total = sum(request.steps - request.start for request in requests)
@@ -258,7 +275,9 @@ class Engine:
 
     def _choose(self, events: list[Event]) -> tuple[Kind, Means] | None:
         """The next kind in turn that can be drawn, and by what; those whose adapter cannot be loaded are broken."""
-        for kind in list(self._lanes):
+        for kind, lane in list(self._lanes.items()):
+            if kind.adapter is not None and kind.adapter == self._leaving and not len(lane.batch):
+                continue
             try:
                 means = self._means(kind)
             except Exception as error:  # whatever the store, diffusers or safetensors may raise
@@ -272,8 +291,9 @@ class Engine:
         """What draws a kind; None while its adapter is loaded."""
         if kind.adapter is None or self._adapters is None:
             return Means(self._runner, self._texts)
-        busy = {other.adapter for other, lane in self._lanes.items() if other.adapter and len(lane.batch)}
-        adapted = self._adapters.get(kind.adapter, busy)
+        wanted = {other.adapter for other in self._lanes if other.adapter}
+        drawn = {other.adapter for other, lane in self._lanes.items() if other.adapter and len(lane.batch)}
+        adapted = self._adapters.get(kind.adapter, drawn | (wanted - {self._leaving}))
         if adapted is None:
             return None
         if adapted not in self._adapted:
@@ -282,16 +302,41 @@ class Engine:
             self._adapted[adapted] = Means(Runner(adapted.unet, self.device, self.dtype), texts)
         return self._adapted[adapted]
 
+    def _make_places(self) -> None:
+        """Where an adapter has waited too long for a place, the one that was joined least recently lets nobody in any more.
+
+        Once its last picture is drawn it is unloaded, and waits itself.
+        """
+        if self._adapters is None:
+            return
+        now, starved, joined = time.monotonic(), False, dict[str, int]()
+        for kind, lane in self._lanes.items():
+            if kind.adapter is None:
+                continue
+            if kind.adapter in self._adapters:
+                lane.no_place_since = None
+                if len(lane.batch):
+                    joined[kind.adapter] = max(joined.get(kind.adapter, 0), lane.joined)
+            else:
+                lane.no_place_since = now if lane.no_place_since is None else lane.no_place_since
+                starved = starved or now - lane.no_place_since >= PLACE_S
+        if not starved:
+            self._leaving = None
+        elif self._leaving is None or self._leaving not in self._adapters:
+            self._leaving = min(joined, key=lambda name: joined[name], default=None)
+
     def _end_turn_of_alone(self) -> None:
         """Reproducible requests share one turn: the others wait for one of them at a time, however many there are."""
         shared = {kind: lane for kind, lane in self._lanes.items() if kind.alone is None}
         self._lanes = shared | {kind: lane for kind, lane in self._lanes.items() if kind.alone is not None}
 
-    def _advance(self, lane: Lane, means: Means) -> list[Event]:
-        """One step of a lane. What goes wrong there is the end of its pictures and of nothing else; of previews, of nothing."""
+    def _advance(self, lane: Lane, means: Means, open_: bool) -> list[Event]:
+        """One step of a lane, which others may join if it is `open_`. What goes wrong there is the end of its pictures and of
+        nothing else; of previews, of nothing."""
         batch, asked = lane.batch, lane.trajectories
         try:
-            self._admit(lane, means.texts)
+            if open_:
+                self._admit(lane, means.texts)
             batch.step(means.model)
             self._mark()
             ids = [trajectory.id for trajectory in batch.trajectories]
@@ -320,6 +365,7 @@ class Engine:
         while lane.waiting and rows + lane.waiting[0].most_rows <= self.max_rows:
             joining.append(lane.waiting.popleft())
             rows += joining[-1].most_rows
+        lane.joined = self._ticks if joining else lane.joined
         prompts = [text for one in joining for text in (one.request.prompt, one.request.negative_prompt)]
         states = texts.embed(prompts, alone=any(one.request.reproducible for one in joining))
         for index, trajectory in enumerate(joining):

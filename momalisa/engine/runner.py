@@ -3,12 +3,18 @@
 A batch of R rows is padded to the next bucket. `warm` compiles and captures every bucket at the sizes that will be asked
 for; after that nothing is ever compiled again: what has no bucket (another size, more rows) runs as plain PyTorch. Compiled
 kernels are kept in `cache_dir` (Inductor's on-disk cache), so that the next start only loads them.
+
+torch.compile is not made for one thread that compiles while another one calls what was compiled: PyTorch's tracer and
+`set_stance` change the whole process. So one thread at a time is in there. Who finds another one there draws with plain PyTorch.
+CUDA graphs are replayed without any of it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +22,9 @@ import torch
 from torch import Tensor
 
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+_compiler = threading.Lock()  # held by the thread that compiles, or calls what was compiled
+_calls = count()
 
 
 class Runner:
@@ -23,6 +32,7 @@ class Runner:
 
     def __init__(self, unet: Any, device: torch.device, dtype: torch.dtype) -> None:
         self.unet, self.device, self.dtype = unet, device, dtype
+        self._plain = _plain(unet)
         self._format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         self._shapes: dict[tuple[int, ...], Any] = {}  # the latents' shape -> what is called for it
 
@@ -31,19 +41,20 @@ class Runner:
         """Compile for every bucket up to `rows` and every latent side of `places`. `text` [L, D]: states of any text."""
         if cache_dir is not None:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir)
-        torch.compiler.reset()
         options: dict[str, Any] = {"freezing": True} if self.device.type == "cpu" else {}
         for bucket in _buckets(rows):
             for side in places:
-                call = torch.compile(_Call(self.unet), dynamic=False, fullgraph=True, options=options)
+                call = torch.compile(_plain(self.unet), dynamic=False, fullgraph=True, options=options)
                 latents = torch.zeros((bucket, channels, side, side), device=self.device, dtype=self.dtype)
                 example = (
                     latents.to(memory_format=self._format),
                     torch.zeros(bucket, device=self.device),
                     text.to(self.device, self.dtype).expand(bucket, -1, -1).contiguous(),
                 )
-                call(*(value.clone() for value in example))
-                self._shapes[bucket, channels, side, side] = _Graph(call, example) if self.device.type == "cuda" else call
+                with _compiler:
+                    call(*(value.clone() for value in example))
+                    ready = _Graph(call, example) if self.device.type == "cuda" else _Alone(call, self._plain)
+                self._shapes[bucket, channels, side, side] = ready
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -54,24 +65,41 @@ class Runner:
         rows, latents = len(latents), latents.to(self.dtype, memory_format=self._format)
         shape = min((shape for shape in self._shapes if shape[0] >= rows and shape[1:] == latents.shape[1:]), default=None)
         if shape is None:
-            output: Tensor = self.unet(latents, timesteps, encoder_hidden_states=states, return_dict=False)[0]
-            return output.float()
+            return self._plain(latents, timesteps, states).float()
         padded = (_padded(value, shape[0]) for value in (latents, timesteps, states))
-        with torch.compiler.set_stance("eager_on_recompile"):
-            padded_output: Tensor = self._shapes[shape](*padded)
+        padded_output: Tensor = self._shapes[shape](*padded)
         return padded_output[:rows].float()
 
 
-class _Call(torch.nn.Module):
-    """A UNet with positional arguments and one result."""
+def _plain(unet: Any) -> Forward:
+    """A UNet with positional arguments and one result.
 
-    def __init__(self, unet: Any) -> None:
-        super().__init__()
-        self.unet = unet
+    Each has a code object of its own: torch.compile keeps what it has compiled with the code object, and no more than eight
+    versions of one; and so what was compiled goes when the function goes, and nothing else does.
+    """
 
-    def forward(self, latents: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
-        output: Tensor = self.unet(latents, timesteps, encoder_hidden_states=states, return_dict=False)[0]
+    def forward(latents: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
+        output: Tensor = unet(latents, timesteps, encoder_hidden_states=states, return_dict=False)[0]
         return output
+
+    forward.__code__ = forward.__code__.replace(co_name=f"forward_{next(_calls)}")
+    return forward
+
+
+class _Alone:
+    """A compiled function, or the plain one while another thread compiles."""
+
+    def __init__(self, compiled: Forward, plain: Forward) -> None:
+        self._compiled, self._plain = compiled, plain
+
+    def __call__(self, *values: Tensor) -> Tensor:
+        if not _compiler.acquire(blocking=False):
+            return self._plain(*values)
+        try:
+            with torch.compiler.set_stance("eager_on_recompile"):
+                return self._compiled(*values)
+        finally:
+            _compiler.release()
 
 
 class _Graph:
@@ -86,7 +114,7 @@ class _Graph:
                 call(*self._inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # others draw meanwhile
             self._output = call(*self._inputs)
 
     def __call__(self, *values: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from momalisa import checkpoint
 from momalisa.checkpoint import Checkpoint
 from momalisa.config import Diffusion
-from momalisa.engine import Broken, Done, Engine, Event, Request
+from momalisa.engine import Broken, Done, Engine, Event, NoAdapter, Request
+from momalisa.engine import engine as engine_module
 from momalisa.storage import Store
 from tests.engine.conftest import difference
 
@@ -47,6 +48,13 @@ def store(diffusion: Diffusion, tmp_path_factory: pytest.TempPathFactory) -> Sto
     return store
 
 
+def find(engine: Engine, *names: str) -> None:
+    """Look adapters up, as whoever submits them must."""
+    assert engine._adapters is not None
+    for name in names:
+        engine._adapters.catalogue.find(name)
+
+
 @pytest.fixture
 def engine(diffusion: Diffusion, store: Store) -> Engine:
     return Engine.load(diffusion, max_rows=8, store=store, max_adapters=2)
@@ -80,6 +88,7 @@ def test_adapters_share_the_base_s_weights_and_the_least_used_goes(engine: Engin
 
 
 def test_others_are_drawn_while_an_adapter_is_loaded(engine: Engine) -> None:
+    find(engine, "waves/1")
     slow, quick = engine.submit(replace(REQUEST, adapter="waves/1")), engine.submit(replace(REQUEST, steps=1))
     first = engine.tick()
     assert [event.id for event in first] == [quick]
@@ -95,6 +104,7 @@ def test_a_file_that_was_changed_breaks_its_requests_only(diffusion: Diffusion, 
     published = publish(store, diffusion, "waves/1", 0, tmp_path)
     store.write_bytes(f"{published.path}/weights/{checkpoint.LORA_FILE}", b"not what it was")
     engine = Engine.load(diffusion, store=store)
+    find(engine, "waves/1")
     bad, good = engine.submit(replace(REQUEST, adapter="waves/1")), engine.submit(REQUEST)
     events = {}
     while not engine.idle:
@@ -112,13 +122,46 @@ def test_a_file_that_was_changed_breaks_its_requests_only(diffusion: Diffusion, 
         ("nobody/9", "holds no complete checkpoint"),
         ("../../etc/passwd", "is not of the form run/images"),
         ("whole/4", "is a whole model, not a LoRA"),
-        ("other/5", "belongs to miniature://diffusion"),
+        ("other/5", "was trained on another base model"),
     ],
 )
 def test_names_that_are_no_adapter(engine: Engine, name: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        engine.submit(replace(REQUEST, adapter=name))
+    with pytest.raises(NoAdapter, match=message):
+        engine.generate([replace(REQUEST, adapter=name)])
     assert engine.idle
+    engine.close()
+
+
+def test_submit_waits_for_no_store(engine: Engine, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "read_bytes", lambda path: 1 / 0)
+    with pytest.raises(NoAdapter, match="has not been looked up"):
+        engine.submit(replace(REQUEST, adapter="waves/1"))
+    engine.close()
+
+
+def test_an_adapter_that_waits_for_a_place_gets_one_though_others_are_always_asked_for(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "PLACE_S", 0.0)
+    find(engine, "waves/1", "night/2", "stars/3")
+    plain, drawn = replace(REQUEST, guidance_scale=1.0), list[int]()
+
+    def tick() -> None:
+        events = engine.tick()
+        assert all(isinstance(event, Done) for event in events), events
+        drawn.extend(event.id for event in events)
+
+    crowd = [replace(plain, adapter=name, steps=3 + n % 5) for n in range(30) for name in ("waves/1", "night/2")]
+    asked = [engine.submit(request) for request in crowd]  # eight at a time, that do not end together
+    while len(drawn) < 8:
+        tick()
+    alone = engine.submit(replace(plain, adapter="stars/3"))
+    while alone not in drawn:
+        tick()
+    assert len(drawn) < len(asked) - 10
+    while not engine.idle:
+        tick()
+    assert sorted(drawn) == [*asked, alone]  # and nobody is lost
     engine.close()
 
 

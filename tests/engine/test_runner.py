@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,7 +63,8 @@ def test_nothing_is_compiled_while_pictures_are_drawn(diffusion: Diffusion, tmp_
     engine.compile([64], tmp_path)
     assert [shape[0] for shape in engine._runner.shapes] == [1, 2]
     assert any(tmp_path.rglob("*.so"))
-    frames = dict(counters["frames"])
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs >= 2
     mixed = [
         REQUEST,
         replace(REQUEST, seed=8, guidance_scale=1.0, sampler="euler", steps=5),
@@ -69,7 +74,80 @@ def test_nothing_is_compiled_while_pictures_are_drawn(diffusion: Diffusion, tmp_
     ]
     for ours, expected in zip(engine.generate(mixed), plain.generate(mixed), strict=True):
         assert difference(ours, expected) <= 1
-    assert dict(counters["frames"]) == frames
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything of torch.compile but the C++ compiler; and what would be compiled anew is an error."""
+    compile_, set_stance = torch.compile, torch.compiler.set_stance
+    monkeypatch.setattr(torch, "compile", lambda call, options, **more: compile_(call, backend="aot_eager", **more))
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda _: set_stance("fail_on_recompile"))
+
+
+class Small(torch.nn.Module):
+    """In a UNet's place: a few layers that are soon traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, latents: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor]:
+        for layer in self.layers:
+            latents = layer(latents).relu()
+        return (latents,)
+
+
+def small() -> Runner:
+    return Runner(Small().eval(), torch.device("cpu"), torch.float32)
+
+
+def warm(runner: Runner, rows: int) -> None:
+    runner.warm(rows, [8], 4, torch.zeros(7, 3), None)
+
+
+@torch.no_grad()
+def right(runner: Runner, rows: int) -> bool:
+    """Whether it draws what its model does."""
+    latents = torch.rand(rows, 4, 8, 8)
+    return torch.allclose(runner(latents, torch.zeros(rows), torch.zeros(rows, 7, 3)), runner.unet(latents)[0], atol=1e-5)
+
+
+@pytest.mark.usefixtures("traced")
+def test_more_shapes_than_torch_compile_keeps_of_one_function() -> None:
+    runner = small()
+    warm(runner, 64)
+    assert len(runner.shapes) == 10
+    assert all(right(runner, shape[0]) for shape in runner.shapes)
+
+
+@pytest.mark.usefixtures("traced")
+def test_one_draws_while_another_is_compiled_and_both_stay_compiled() -> None:
+    first, second = small(), small()
+    warm(first, 2)
+    compiled, drawn = counters["stats"]["unique_graphs"], 0
+    warming = threading.Thread(target=warm, args=(second, 16))
+    warming.start()
+    while warming.is_alive():
+        assert right(first, 2)
+        drawn += 1
+    warming.join()
+    assert drawn > 1
+    assert len(second.shapes) == 6
+    assert counters["stats"]["unique_graphs"] == compiled + 6
+    assert right(first, 2)  # or an error: nothing may be compiled anew
+    assert right(second, 16)
+
+
+@pytest.mark.usefixtures("traced")
+def test_what_was_compiled_goes_with_what_it_was_compiled_for() -> None:
+    runner = small()
+    warm(runner, 2)
+    assert right(runner, 2)
+    unet = weakref.ref(runner.unet)
+    del runner
+    gc.collect()
+    assert unet() is None
 
 
 @pytest.mark.gpu

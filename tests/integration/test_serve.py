@@ -163,7 +163,8 @@ def test_a_job_is_looked_after_and_fetched(client: openai.OpenAI, server: str) -
 
 def test_health_models_and_page(server: str, client: openai.OpenAI) -> None:
     with urllib.request.urlopen(f"{server}/healthz", timeout=10) as answer:
-        assert json.load(answer) == {"status": "ok", "checkpoint": "tiny-64", "trial": None, "problem": None, "challenger": None}
+        health = json.load(answer)
+    assert (health["status"], health["checkpoint"], health["trial"], health["problem"]) == ("ok", "tiny-64", None, None)
     assert [model.id for model in client.models.list()] == ["tiny-64"]
     with urllib.request.urlopen(server, timeout=10) as answer:
         assert b"MOMA Lisa" in answer.read()

@@ -110,7 +110,15 @@ def test_the_kiosk_and_the_open_house(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", '{"keys": [{"id": 1}]}', '{"keys": [{"id":"a","name":"a","sha256":"a","scopes":["x"],"expires":"soon"}]}']
+    "text",
+    [
+        "",
+        "[]",
+        '{"keys": [{"id": 1}]}',
+        '{"keys": [{"id":"a","name":"a","sha256":"a","scopes":["x"],"expires":"soon"}]}',
+        '{"keys": [{"id":"a","name":"a","sha256":"a","scopes":["x"],"requests_per_minute":0}]}',
+        '{"keys": [{"id":"a","name":"a","sha256":"a","scopes":["x"],"requests_per_minute":"60"}]}',
+    ],
 )
 def test_a_file_that_is_none_of_ours_stops_the_server_from_starting(tmp_path: Path, text: str) -> None:
     path = tmp_path / "keys.json"

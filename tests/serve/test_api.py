@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import logging
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
@@ -218,9 +219,59 @@ async def test_failures_of_the_generator(retry: bool, status: int) -> None:
     assert (answer.status_code, answer.json()["error"]["message"]) == (status, "the generator was lost")
 
 
+async def test_what_is_wrong_is_told_without_saying_where() -> None:
+    backend = FakeBackend()
+
+    async def state() -> State:
+        return State("fake-1", problem="checkpoints/new/2 cannot be served: gs://secret/checkpoints/new/2 has sha256 1234...")
+
+    backend.state = state  # type: ignore[method-assign]
+    async with client_of(backend) as client:
+        answer = await client.get("/healthz")
+    assert answer.json()["problem"] == "checkpoints/new/2 cannot be served; the log says why"
+    assert "secret" not in answer.text
+
+
+class Crashing(FakeBackend):
+    async def generate(self, task: GenerationTask) -> AsyncGenerator[Event, None]:
+        raise ZeroDivisionError("not a number of cups")
+        yield Completed("x")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_nobody_expected_is_a_500_with_every_header_and_counted_as_one(
+    caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    app = create_app(Crashing(), LIMITS.model_copy(update={"cors_origins": ("https://museum.example",)}))
+    headers = {"X-Request-ID": "visit-9", "Origin": "https://museum.example"}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://museum") as client:
+        with caplog.at_level(logging.INFO):
+            answer = await client.post(PATH, json={"prompt": "x", "stream": stream}, headers=headers)
+        counted = (await client.get("/metrics")).text
+    assert answer.status_code == 500
+    assert "its log says why, at request visit-9" in answer.json()["error"]["message"]
+    assert answer.headers["X-Request-ID"] == "visit-9"
+    assert answer.headers["Access-Control-Allow-Origin"] == "https://museum.example"
+    assert all(answer.headers[name] == value for name, value in HEADERS.items())
+    assert f'momalisa_http_requests_total{{route="{PATH}",status="500"}} 1.0' in counted
+    failed, line = [record for record in caplog.records if record.name in ("serve.failures", "serve.requests")][:2]
+    assert failed.getMessage() == "request visit-9 failed"
+    assert "not a number of cups" in caplog.text
+    assert json.loads(line.getMessage())["status"] == 500
+
+
+async def test_a_task_knows_its_request() -> None:
+    backend = FakeBackend()
+    async with client_of(backend) as client:
+        given = await client.post(PATH, json={"prompt": "x"}, headers={"X-Request-ID": "visit-7"})
+        made = await client.post(PATH, json={"prompt": "x"})
+    assert [task.request_id for task in backend.asked] == ["visit-7", made.headers["X-Request-ID"]]
+    assert given.headers["X-Request-ID"] == "visit-7"
+
+
 async def test_health_and_models(client: httpx.AsyncClient) -> None:
     shown = {"status": "ok", "checkpoint": "tiny-64", "trial": None, "problem": None, "challenger": None}
-    assert (await client.get("/healthz")).json() == shown
+    assert (await client.get("/healthz")).json() == shown | {"picture_check": "none: the base model has no safety checker"}
     assert [model["id"] for model in (await client.get("/v1/models")).json()["data"]] == ["tiny-64"]
 
 
@@ -282,10 +333,9 @@ def test_any_text_is_painted(generator: Generator, prompt: str) -> None:
 
 
 async def test_an_adapter_that_is_not_there_is_the_callers_error(client: httpx.AsyncClient) -> None:
-    for name, message in (("nobody/64", "holds no complete checkpoint"), ("tiny/64", "is a whole model, not a LoRA")):
+    for name in ("nobody/64", "tiny/64"):  # nothing, and a whole model
         answer = await client.post(PATH, json={"prompt": "x", "adapter": name})
-        assert answer.status_code == 400
-        assert message in answer.json()["error"]["message"]
+        assert (answer.status_code, answer.json()["error"]["message"]) == (400, f"there is no adapter {name}")
 
 
 async def test_a_pictures_own_file_is_enough_to_paint_it_again(client: httpx.AsyncClient, tiny_base: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
@@ -26,7 +28,9 @@ def withhold(picture: Image.Image) -> str | None:
     return "this one is withheld"
 
 
-@pytest.mark.parametrize("prompt", ["a Weapon", "WEAPONS of war", "nu\u0308de", "a  well-known   name", "ｗｅａｐｏｎ"])
+@pytest.mark.parametrize(
+    "prompt", ["a Weapon", "WEAPONS of war", "nu\u0308de", "a  well-known   name", "ｗｅａｐｏｎ", "wea\u200bp\u00ado\u2060n"]
+)
 def test_forbidden_words_are_found_however_they_are_written(prompt: str) -> None:
     check = checks.forbidden(["weapon", "weapons", "nüde", "well known name"])
     assert check(prompt)
@@ -97,16 +101,39 @@ def test_checks_that_are_not_there_stop_the_server(tmp_path: Path) -> None:
         checks.prompt_check(LIMITS.model_copy(update={"forbidden_words": str(tmp_path / "none")}))
 
 
+def name_a_checker(base: Path) -> None:
+    index = json.loads((base / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (base / "model_index.json").write_text(json.dumps(index))
+
+
+def test_a_base_without_an_index_is_not_taken_for_one_without_a_checker(tiny_base: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    (base / "model_index.json").unlink()
+    with pytest.raises(ValueError, match=r"model_index\.json"):
+        checks.safety_checker(Diffusion(model=str(base)), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("setting", "there", "said"),
+    [("auto", True, "safety_checker"), ("auto", False, "none: the base"), ("off", False, "off"), ("a:b", True, "a:b")],
+)
+def test_which_check_is_at_work_is_said(setting: str, there: bool, said: str) -> None:
+    limits = LIMITS.model_copy(update={"picture_check": setting})
+    assert checks.said(limits, withhold if there else None).startswith(said)
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_stable_diffusions_own_checker_is_used_where_the_model_has_one(tiny_base: Path, tmp_path: Path) -> None:
-    import shutil
-
     import torch
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPConfig, CLIPImageProcessor
 
     assert checks.safety_checker(Diffusion(model=str(tiny_base)), "cpu") is None
     base = shutil.copytree(tiny_base, tmp_path / "base")
+    name_a_checker(base)
+    with pytest.raises(ValueError, match=r"\(safety_checker\).*names a safety checker; serve.picture_check=off does without"):
+        checks.safety_checker(Diffusion(model=str(base)), "cpu")
     size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "projection_dim": 8}
     config = CLIPConfig(vision_config={**size, "image_size": 32, "patch_size": 16}, text_config=size, projection_dim=8)
     judge = StableDiffusionSafetyChecker(config)

@@ -16,6 +16,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
+from momalisa.collect.hygiene import ORIENTATION
 from serve import uploads
 from serve.errors import ApiError
 from serve.png import read
@@ -91,6 +92,51 @@ def test_the_pictures_own_transparency_is_a_mask_and_none_is_none() -> None:
     assert uploads.prepare(uploads.Form({}, png(colour=(1, 2, 3, 255), mode="RGBA"), None), 64, LIMITS)[1] is None
 
 
+AS_STORED = {1: None, 3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+
+
+def stored(upright: Image.Image, orientation: int) -> bytes:
+    """A picture as a camera that was held so writes it."""
+    turn, exif, sink = AS_STORED[orientation], Image.Exif(), io.BytesIO()
+    exif[ORIENTATION] = orientation
+    (upright if turn is None else upright.transpose(turn)).save(sink, "PNG", exif=exif)
+    return sink.getvalue()
+
+
+def corner(mode: str, ground: Any, colour: Any) -> Image.Image:
+    """120x80; its upper left quarter is another colour."""
+    picture = Image.new(mode, (120, 80), ground)
+    picture.paste(colour, (0, 0, 60, 40))
+    return picture
+
+
+@pytest.mark.parametrize("orientation", AS_STORED)
+def test_a_mask_lies_where_it_was_painted_however_the_camera_was_held(orientation: int) -> None:
+    photograph = stored(corner("RGB", "black", "white"), orientation)
+    hole = corner("RGBA", (0, 0, 0, 255), (0, 0, 0, 0))
+    own = uploads.Form({}, stored(hole, orientation), None)
+    for form in (
+        uploads.Form({}, photograph, stored(hole, 1)),  # painted on what the phone shows
+        uploads.Form({}, photograph, stored(hole, orientation)),  # written as the photograph is
+        own,
+    ):
+        image, mask = uploads.prepare(form, 64, LIMITS)
+        assert mask is not None
+        quarter = [Image.open(io.BytesIO(mask)).getpixel(place) for place in ((8, 8), (55, 8), (8, 55), (55, 55))]
+        assert quarter == [255, 0, 0, 0]
+        if form is not own:
+            seen = [Image.open(io.BytesIO(image)).getpixel(place) for place in ((8, 8), (55, 8), (8, 55), (55, 55))]
+            assert seen == [(255, 255, 255), (0, 0, 0), (0, 0, 0), (0, 0, 0)]
+
+
+@pytest.mark.parametrize("orientation", [6, 8])
+def test_a_mask_of_the_stored_size_is_not_laid_on_sideways(orientation: int) -> None:
+    photograph = stored(corner("RGB", "black", "white"), orientation)
+    sideways = stored(corner("RGBA", (0, 0, 0, 255), (0, 0, 0, 0)).transpose(Image.Transpose.ROTATE_90), 1)
+    with pytest.raises(ApiError, match=r"the mask is 80x120, the picture 120x80"):
+        uploads.prepare(uploads.Form({}, photograph, sideways), 64, LIMITS)
+
+
 @pytest.mark.parametrize("size", [(200, 100), (8, 8), (64, 300)])
 def test_any_proportions_become_the_engines_square(size: tuple[int, int]) -> None:
     image, mask = uploads.prepare(uploads.Form({}, png(size), mask_of(size)), 48, LIMITS)
@@ -106,7 +152,7 @@ def test_any_proportions_become_the_engines_square(size: tuple[int, int]) -> Non
         (bomb(), None, "image", "60000x60000 pixels in its header"),
         (png()[:60], None, "image", "truncated or damaged"),
         (png((4, 4)), None, "image", "less than min_side_px=8"),
-        (png(), mask_of((32, 32)), "mask", "the mask is 32x32, the picture 64x64"),
+        (png(), mask_of((32, 32)), "mask", "the mask is 32x32, the picture 64x64 (upright)"),
         (png(), png(), "mask", "has no transparency"),
         (png(), bomb(), "mask", "60000x60000"),
         (png(), b"?", "mask", "not a picture"),

@@ -150,6 +150,65 @@ async def test_the_oldest_finished_jobs_go_first_and_none_that_is_under_way(max_
     jobs.cancel(waiting)
 
 
+async def test_who_keeps_most_gives_way_first() -> None:
+    jobs = Jobs(Quick(), 10, 350, 60)
+    mine = await jobs.start(replace(TASK, key="me"))
+    assert mine.runner is not None
+    await mine.runner
+    crowd = []
+    for _ in range(8):
+        crowd.append(await jobs.start(replace(TASK, key="crowd")))
+        assert crowd[-1].runner is not None
+        await crowd[-1].runner
+    assert jobs.get(mine.id, "me").status == "completed"
+    assert [jobs.get(job.id, "crowd").status for job in crowd[6:]] == ["completed"] * 2
+    full = Jobs(Quick(), 4, 10**6, 60)
+    kept = await full.start(replace(TASK, key="me"))
+    assert kept.runner is not None
+    await kept.runner
+    under_way = [await full.start(replace(TASK, key="crowd", steps=2)) for _ in range(2)]
+    done = await full.start(replace(TASK, key="crowd"))
+    assert done.runner is not None
+    await done.runner
+    under_way.append(await full.start(replace(TASK, key="crowd", steps=2)))
+    assert full.get(kept.id, "me").status == "completed"
+    for job in under_way:
+        full.cancel(job)
+
+
+class Cold(Slow):
+    """A generator that is starting: it says nothing."""
+
+    async def generate(self, task: GenerationTask) -> AsyncGenerator[Event, None]:
+        try:
+            self.go.set()
+            await asyncio.Event().wait()
+            yield Waiting(0, 1.0)
+        finally:
+            self.closed += 1
+
+
+@pytest.mark.parametrize(("path", "stream"), [("/v1/jobs", False), ("/v1/images/generations", True)])
+async def test_who_leaves_during_a_cold_start_leaves_nothing_behind(path: str, stream: bool) -> None:
+    backend, sent = Cold(), list[int]()
+    body = json.dumps({"prompt": "x", "stream": stream}).encode()
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        if messages:
+            return messages.pop()
+        await backend.go.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("status", 0))
+
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": [], "client": ("10.0.0.1", 1)}
+    await asyncio.wait_for(create_app(backend, LIMITS)(scope, receive, send), 10)  # type: ignore[arg-type]
+    await asyncio.sleep(0.01)
+    assert (backend.closed, sent[0]) == (1, 499)
+
+
 async def test_a_stream_has_openais_events_and_tells_the_place_in_comments() -> None:
     backend = Slow()
     backend.go.set()

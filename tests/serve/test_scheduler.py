@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -14,8 +15,9 @@ import pytest
 from PIL import Image
 
 from momalisa.config import EVALUATION_PROMPTS, Serve
+from momalisa.storage import StorageError
 from serve.canary import ENOUGH_PICTURES, ENOUGH_TICKS
-from serve.loaded_checkpoint import LoadedCheckpoint
+from serve.loaded_checkpoint import LoadedCheckpoint, requests_of
 from serve.meters import Meters
 from serve.scheduler import Scheduler
 from serve.task import Completed, Event, Failed, GenerationTask, Picture, Progress, Rejected, Waiting
@@ -168,6 +170,71 @@ async def test_one_bad_request_spoils_no_other(schedulers: Schedulers) -> None:
     assert isinstance(impossible, Failed)
     assert (impossible.message, impossible.wrong) == ("this cannot be", True)
     assert (good, also_good) == (Completed("old-1"), Completed("old-1"))
+
+
+async def test_what_became_of_a_request_is_logged_under_its_id(schedulers: Schedulers, caplog: pytest.LogCaptureFixture) -> None:
+    scheduler = schedulers(loaded(spoil=lambda request: nan(request) if request.prompt == "bad" else None))
+    with caplog.at_level(logging.INFO, "serve"):
+        bad = await outcome_of(scheduler, task_of(prompt="bad", request_id="visit-7"))
+        await outcome_of(scheduler, task_of(request_id="visit-8"))
+    assert isinstance(bad, Failed)
+    assert bad.message.endswith("the server's log says why, at request visit-7")
+    lines = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert ("ERROR", "request visit-7: old-1: a picture failed: the UNet produced NaN") in lines
+    assert ("INFO", "request visit-8: old-1: picture 0 is finished") in lines
+
+
+async def test_a_store_of_adapters_that_fails_is_no_fault_of_the_picture(schedulers: Schedulers) -> None:
+    scheduler = schedulers(loaded(spoil=lambda request: StorageError("gs://secret could not be reached")))
+    failed = await outcome_of(scheduler, task_of(adapter="waves/1"))
+    assert isinstance(failed, Failed)
+    assert failed.retry
+    assert "secret" not in failed.message
+
+
+async def test_an_engine_that_takes_its_time_over_a_request_holds_up_nobody_else(schedulers: Schedulers) -> None:
+    main, entered, gate = loaded(), threading.Event(), threading.Event()
+    submit = main.engine.submit
+
+    def slow(request: Any) -> int:
+        entered.set()
+        gate.wait(10)
+        return submit(request)
+
+    main.engine.submit = slow  # type: ignore[method-assign]
+    scheduler = schedulers(main)
+    leaving = asyncio.create_task(outcome_of(scheduler, task_of()))
+    await until(entered.is_set)
+    started = time.monotonic()
+    assert scheduler.state().checkpoint == "old-1"
+    assert time.monotonic() - started < 5
+    leaving.cancel()
+    await asyncio.gather(leaving, return_exceptions=True)
+    gate.set()
+    await until(lambda: main.engine.cancelled == [1])  # type: ignore[attr-defined]
+    assert not main.running
+    assert await outcome_of(scheduler, task_of()) == Completed("old-1")
+
+
+async def test_pictures_are_decoded_neither_by_the_engine_nor_by_the_event_loop(
+    schedulers: Schedulers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+
+    def noted(task: GenerationTask) -> Any:
+        threads.append(threading.current_thread().name)
+        return requests_of(task)
+
+    monkeypatch.setattr("serve.scheduler.requests_of", noted)
+    sink = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(sink, "PNG")
+    main = loaded()
+    assert await outcome_of(schedulers(main), task_of(2, image=sink.getvalue())) == Completed("old-1")
+    assert len(threads) == 1
+    assert threads[0] not in ("engine", threading.current_thread().name)
+    first, second = main.engine.submitted  # type: ignore[attr-defined]
+    assert first.image is second.image is not None
+    assert (first.seed, second.seed) == (0, 1)
 
 
 async def test_a_flat_picture_is_never_handed_out(schedulers: Schedulers) -> None:
