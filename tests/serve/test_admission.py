@@ -17,9 +17,8 @@ LIMITS = Serve(max_pictures_per_request=2, max_waiting_rows=10, max_waiting_rows
 
 
 def task_of(pictures: int, key: str = "", **more: Any) -> ActiveTask:
-    return ActiveTask(
-        GenerationTask("x", tuple(range(pictures)), more.pop("steps", 20), 1.0, 16, key=key, **more), Mailbox(), 0.0
-    )
+    task = GenerationTask("x", tuple(range(pictures)), more.pop("steps", 20), 1.0, 16, key=key, **more)
+    return ActiveTask(task, [], Mailbox(), 0.0)
 
 
 async def test_a_key_is_full_before_the_line_is() -> None:
