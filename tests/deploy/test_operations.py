@@ -17,7 +17,6 @@ RUN_BY = {  # the beginning of a command: the test that runs it, and what of it 
     "export RUNPOD_API_KEY": ("test_ray_up.py", '"RUNPOD_API_KEY": KEY'),
     "export RAY_AUTH_MODE": ("test_submit.py", '"RAY_AUTH_TOKEN": TOKEN'),
     "make cloud": ("test_once.py", "once.main()"),
-    "serve deploy": ("test_submit.py", '"serve"), "deploy"'),
     "make plan": ("../test_cost.py", '"ray_jobs.plan"'),
     "ray up": ("test_ray_up.py", 'laptop("up"'),
     "ray dashboard": ("test_ray_up.py", '"dashboard"'),
