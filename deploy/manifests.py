@@ -22,11 +22,12 @@ NOTE = "# Made by `python -m deploy.manifests --config {config}` from the sectio
 
 def rendered(settings: Settings, config: str) -> dict[Path, str]:
     """{path in the repository: text}."""
-    files = {Path("deploy/gke/cluster.env"): kuberay.script_settings(settings)}
-    files |= {Path("deploy/gke") / name: dump(documents) for name, documents in kuberay.documents(settings, config, HOME).items()}
-    files[Path("serve/runpod.yaml")] = runpod_cluster.SERVED + dump([runpod_cluster.served(settings.cluster, config)])
+    files: dict[Path, str] = {}
     if not settings.cluster.tls:  # RunPod's nodes would not have it
         files[Path("cluster.yaml")] = runpod_cluster.HEADER + dump([runpod_cluster.document(settings.cluster)])
+    files[Path("serve/runpod.yaml")] = runpod_cluster.SERVED + dump([runpod_cluster.served(settings.cluster, config)])
+    files[Path("deploy/gke/cluster.env")] = kuberay.script_settings(settings)
+    files |= {Path("deploy/gke") / name: dump(documents) for name, documents in kuberay.documents(settings, config, HOME).items()}
     return {path: NOTE.format(config=config) + text for path, text in files.items()}
 
 
