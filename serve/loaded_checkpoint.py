@@ -36,13 +36,10 @@ class LoadedCheckpoint:
         """Note how much work is left, for threads that may not ask the engine."""
         self.pending_row_steps = self.engine.pending_row_steps
 
-    def submit(self, sample: Sample) -> int:
-        """Its number in the engine's queue; may take a while the first time. Raises ValueError for a request that cannot be."""
-        return self.engine.submit(sample.active.requests[sample.index])
-
-    def start(self, sample: Sample, id_: int) -> None:
-        """Note that the engine has a sample, as this number."""
-        sample.id, sample.checkpoint = id_, self
+    def start(self, sample: Sample) -> None:
+        """Put a sample into the engine's batch. Raises ValueError for a request that cannot be."""
+        sample.id = self.engine.submit(sample.active.requests[sample.index])
+        sample.checkpoint = self
         self.running[sample.id] = sample
         self.count()
 

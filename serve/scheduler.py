@@ -14,9 +14,9 @@ import logging
 import math
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing
 from functools import partial
 
 from momalisa.config import Serve
@@ -238,15 +238,6 @@ class Scheduler:
             sample.active.checkpoint = self._rollout.main
             self._admission.requeue(sample.again())
 
-    @contextmanager
-    def _unlocked(self) -> Iterator[None]:
-        """Let the lock go for something slow; it is held once. What it guards may have changed afterwards."""
-        self._wake.release()
-        try:
-            yield
-        finally:
-            self._wake.acquire()
-
     def _start(self) -> None:
         """Give free rows to who is next, unless finished pictures pile up."""
         free = self._limits.max_rows - sum(checkpoint.rows for checkpoint in self._rollout.checkpoints())
@@ -255,18 +246,11 @@ class Scheduler:
             sample = self._admission.next(free)
             if sample is None:
                 return
-            checkpoint = self._rollout.choose(sample)
             try:
-                with self._unlocked():
-                    id_ = checkpoint.submit(sample)
+                self._rollout.choose(sample).start(sample)
+                free -= sample.rows
             except ValueError as error:
                 self._close(sample.active, Failed(str(error), wrong=True))
-                continue
-            if sample not in sample.active.samples:  # it has left meanwhile
-                checkpoint.engine.cancel(id_)
-                continue
-            checkpoint.start(sample, id_)
-            free -= sample.rows
 
     def _rehearse(self, free: int) -> int:
         """Let the new checkpoint paint for nobody where its trial needs that; how many of the free rows it takes."""
@@ -278,7 +262,7 @@ class Scheduler:
         if sample.rows > free:
             return 0
         try:
-            new.start(sample, new.submit(sample))
+            new.start(sample)
         except ValueError as error:
             canary.fail(str(error))
             return 0

@@ -192,30 +192,6 @@ async def test_a_store_of_adapters_that_fails_is_no_fault_of_the_picture(schedul
     assert "secret" not in failed.message
 
 
-async def test_an_engine_that_takes_its_time_over_a_request_holds_up_nobody_else(schedulers: Schedulers) -> None:
-    main, entered, gate = loaded(), threading.Event(), threading.Event()
-    submit = main.engine.submit
-
-    def slow(request: Any) -> int:
-        entered.set()
-        gate.wait(10)
-        return submit(request)
-
-    main.engine.submit = slow  # type: ignore[method-assign]
-    scheduler = schedulers(main)
-    leaving = asyncio.create_task(outcome_of(scheduler, task_of()))
-    await until(entered.is_set)
-    started = time.monotonic()
-    assert scheduler.state().checkpoint == "old-1"
-    assert time.monotonic() - started < 5
-    leaving.cancel()
-    await asyncio.gather(leaving, return_exceptions=True)
-    gate.set()
-    await until(lambda: main.engine.cancelled == [1])  # type: ignore[attr-defined]
-    assert not main.running
-    assert await outcome_of(scheduler, task_of()) == Completed("old-1")
-
-
 async def test_pictures_are_decoded_neither_by_the_engine_nor_by_the_event_loop(
     schedulers: Schedulers, monkeypatch: pytest.MonkeyPatch
 ) -> None:

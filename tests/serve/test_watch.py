@@ -234,8 +234,7 @@ def test_the_next_one_is_loaded_when_the_old_one_has_finished(museums: Callable[
     old = museum.loads[0]
     old.engine.paused = True  # type: ignore[attr-defined]
     with museum.scheduler._wake:
-        sample = sample_of(Serve(steps=2), 0, 0.0)
-        old.start(sample, old.submit(sample))
+        old.start(sample_of(Serve(steps=2), 0, 0.0))
     museum.promote("b")
     museum.look_until("b")
     museum.promote("c")
