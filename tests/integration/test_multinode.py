@@ -19,11 +19,13 @@ from pathlib import Path
 import pytest
 
 from deploy import kuberay
-from momalisa.checkpoint import Checkpoint, read_all
+from momalisa.checkpoint import Checkpoint, read_all, read_best
 from momalisa.config import Settings, from_file
+from momalisa.dataset import Dataset
+from momalisa.miniature import wing
 from momalisa.storage import Store
 from tests.deploy.namespaces import BIN, HOME, Machine, Machines, missing
-from tests.integration import test_elastic
+from tests.integration import test_elastic, test_kill
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500), pytest.mark.skipif(bool(missing()), reason=missing() or "-")]
 
@@ -127,14 +129,18 @@ class Job:
         return max((int(path.parent.name) for path in found), default=0)
 
     def placed(self) -> list[str]:
-        """The addresses of the latest workers, in the order of their ranks."""
-        found = re.findall(r"\(ip=([\d.]+), pid=\d+\) world_rank=(\d+)", self.log.read_text())
-        return [address for address, _ in sorted(found[-2:], key=lambda pair: int(pair[1]))]
+        return placed(self.log.read_text())
 
     def resumed(self) -> list[tuple[int, int]]:
         """Each time that training went on: from how many images, and how many of those seen after them it trained again."""
         found = re.findall(r"train: going on from (\d+) images(?:; (\d+) that)?", self.log.read_text())
         return [(int(images), int(again or 0)) for images, again in found]
+
+
+def placed(log: str) -> list[str]:
+    """The addresses of the latest workers, in the order of their ranks."""
+    found = re.findall(r"\(ip=([\d.]+), pid=\d+\) world_rank=(\d+)", log)
+    return [address for address, _ in sorted(found[-2:], key=lambda pair: int(pair[1]))]
 
 
 def options(base: Path, root: Path) -> list[str]:
@@ -223,3 +229,31 @@ def test_the_head_is_lost_and_the_same_command_goes_on(site: Site, job: Job, alo
     job.until(lambda: job.seen() > kept)
     print(json.dumps({"fault": "head", "stepping_again_s": round(time.monotonic() - began, 1)}))
     check(job, alone)
+
+
+def test_the_whole_pipeline_on_hosts_beside_the_head_is_the_pipeline_on_one_machine(site: Site, tmp_path: Path) -> None:
+    """From pictures in a folder to a promoted checkpoint: the same versions, and bit by bit the same weights."""
+    site.open()
+    works = tmp_path / "works"
+    works.mkdir()
+    for exhibit in wing.exhibits()[:16]:
+        wing.hung(exhibit.scene, exhibit.seed).save(works / f"{exhibit.record['ObjectID']}.png")
+    source = ["--collect.source.kind=folder", f"--collect.source.location={works}"]
+    ends = []
+    here = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"RAY_worker_niceness": "0"}
+    for name, environment in {"hosts": {**site.head.env, "RAY_ADDRESS": "auto"}, "alone": here}.items():
+        command = [str(BIN / "python"), "-m", "ray_jobs.pipeline", "--config", "configs/demo.yaml", f"--root={tmp_path / name}"]
+        command += [*source, *test_kill.SMALL, "--train.workers=2"]
+        command = site.head.inside(*command) if name == "hosts" else command
+        done = subprocess.run(command, cwd=HOME, env=environment, capture_output=True, text=True, check=False)
+        said = done.stdout + done.stderr
+        assert done.returncode == 0, said[-6000:]
+        (run,) = (tmp_path / name / "checkpoints").iterdir()
+        end = read_all(Store(str(tmp_path / name)), run.name)[-1]
+        assert read_best(Store(str(tmp_path / name))).run == run.name
+        ends.append((Dataset(f"{tmp_path / name}/dataset").latest().sha256, end.files, end.state, end.training["losses"]))
+        if name == "hosts":
+            on = set(placed(said))
+            assert len(on) == 2
+            assert on <= {host.address for host in site.hosts}
+    assert ends[0] == ends[1]
