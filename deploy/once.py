@@ -126,9 +126,9 @@ def go(config: str, keep: bool) -> int:
         pipeline(config)
         status = 0
         serve()
-    except Failed as failed:
+    except Exception as error:  # whatever it is, nothing stays rented for it
         status = 1
-        print(f"once: {failed}", file=sys.stderr, flush=True)
+        print(f"once: {error if isinstance(error, Failed) else repr(error)}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         print("once: asked to end", flush=True)
     if keep:

@@ -113,6 +113,13 @@ def test_whatever_fails_everything_goes_back(cloud: Cloud, fails: str, last: str
     assert said in told
 
 
+def test_what_nobody_thought_of_gives_back_too(cloud: Cloud, tmp_path: Path) -> None:
+    (tmp_path / "serve").chmod(0o644)
+    status, lines, told = cloud()
+    assert (status, steps(lines)[-1]) == (1, "ray down"), told
+    assert "once: PermissionError" in told
+
+
 def test_ctrl_c_stops_the_job_and_gives_back(cloud: Cloud) -> None:
     status, lines, told = cloud(HANG="job logs", interrupt_at="ray job logs")
     assert (status, steps(lines)[-2:]) == (130, ["ray job stop", "ray down"]), told
