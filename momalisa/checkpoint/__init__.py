@@ -139,6 +139,8 @@ def _wrong(value: Any, path: str) -> str | None:
     except ValidationError as error:
         first = error.errors()[0]
         return f"its manifest's {'.'.join(str(part) for part in first['loc'])} is something else ({first['msg']})"
+    if "model" not in checkpoint.base:
+        return "its manifest's base names no model"
     if checkpoint.path != path:
         return f"its manifest belongs to {checkpoint.path}"
     if outside := [name for name in (*checkpoint.files, *checkpoint.state) if not _inside(name)]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from momalisa import checkpoint as checkpoints
@@ -129,6 +129,7 @@ OF_TRAINING = ["losses", "settings", "average", "dataset", "stopped"]
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@example(name="base", part=None, value={})
 @given(name=st.sampled_from(NAMES), part=st.sampled_from([None, *OF_TRAINING, "model", "revision"]), value=ANYTHING)
 def test_whatever_a_manifest_holds_it_is_a_checkpoint_or_passed_over(name: str, part: str | None, value: Any) -> None:
     """One value of it, or of one of its dictionaries, may be any JSON: nobody who reads stumbles, and the others are found."""
