@@ -178,6 +178,8 @@ def show(settings: Settings, planned: Plan, decision: Decision) -> None:
 
 def log_artifact(settings: Settings, pointer: dict[str, Any]) -> None:
     """What `refs/best` names now as a W&B model artifact with the alias `best`, after the dataset that it comes from."""
+    if settings.wandb.mode == "disabled":  # weights are gigabytes
+        return
     from momalisa import checkpoint as checkpoints
     from momalisa.storage import Store
     from momalisa.tracking import Tracker
