@@ -307,15 +307,15 @@ def peak(works, rows=250):
     tracemalloc.stop()
     return traced + pa.default_memory_pool().max_memory()
 
-few, many = peak(10_000), peak(30_000)
-print((many - few) / 20_000)
+few, many = peak(10_000), peak(50_000)
+print((many - few) / 40_000)
 """
 
 
-def test_looking_for_duplicates_holds_less_than_300_bytes_a_work() -> None:
+def test_looking_for_duplicates_holds_less_than_500_bytes_a_work() -> None:
     """In a process of its own: what each work more costs, by Arrow's count and Python's."""
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 300
+    assert float(done.stdout) < 500
 
 
 def test_nothing_and_one_have_no_duplicates() -> None:
