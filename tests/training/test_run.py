@@ -16,6 +16,7 @@ from momalisa.dataset import Dataset
 from momalisa.records import DUPLICATES, IMAGES, LATENTS, Artwork
 from momalisa.training import run as runs
 from momalisa.weights import identity, short_id
+from ray_jobs import train as jobs
 
 
 @pytest.fixture
@@ -122,6 +123,23 @@ def test_by_artist_nobody_is_trained_on_and_held_out(settings: Settings) -> None
     assert not known & unseen
     assert runs.load(chosen, planned).cache.ids == training.ids
     assert runs.plan(chosen) == planned
+
+
+def test_the_job_says_what_whole_artists_came_to(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fit(settings: Settings, planned: runs.Plan) -> None:
+        raise InterruptedError("here training would begin")
+
+    signed(settings, {f"w{i}": "Agnes Martin" if i < 12 else "Ad Reinhardt" for i in range(20)})
+    monkeypatch.setattr("ray_jobs.train.fit", fit)
+    said = []
+    for by in ("work", "artist"):
+        with pytest.raises(InterruptedError):
+            jobs.run(trained(settings, split_by=by))
+        said.append(capsys.readouterr().out)
+    assert said[0] == ""
+    assert said[1].startswith(("train: 40.0% of 20 works are held out", "train: 60.0% of 20 works are held out"))
 
 
 def test_another_artist_on_the_other_side_is_another_run(settings: Settings) -> None:
