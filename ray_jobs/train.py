@@ -27,7 +27,9 @@ def run(settings: Settings) -> dict[str, Any]:
 
     began = time.monotonic()
     planned, store = runs.plan(settings), Store(settings.root)
-    training, held_out = runs.count(settings, planned)
+    if settings.train.split_by == "artist":
+        share = len(planned.held_out) / planned.works
+        print(f"train: {share:.1%} of {planned.works} works are held out (train.held_out_fraction, as whole artists allow)")
     before = read_all(store, planned.name)
     seen = before[-1].images_seen if before else 0
     new = not runs.complete(settings, before)
@@ -42,10 +44,10 @@ def run(settings: Settings) -> dict[str, Any]:
     return {
         "stage": "train",
         "run": planned.name,
-        "rows_in": training + held_out,
+        "rows_in": planned.works,
         "rows_out": len(before),
         "rejected": 0,
-        "held_out": held_out,
+        "held_out": len(planned.held_out),
         "images_seen": before[-1].images_seen,
         "resumed_from": seen if new else None,
         "losses": before[-1].training["losses"],

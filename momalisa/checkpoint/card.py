@@ -52,6 +52,7 @@ def card(manifest: Mapping[str, Any], scores: Mapping[str, Any] | None = None) -
     schedule = {"noise schedule": "with zero terminal SNR"} if chosen.get("zero_terminal_snr") else {}
     made = training.get("average")
     average = {"average of the weights": f"a power function, sigma_rel {made['sigma_rel']:g}"} if made else {}
+    by_artist = {"held-out works": "chosen by artist: nothing else by these artists was trained on"}
     facts = {
         "what": kind,
         "base model": f"{base['model']} at revision {base.get('revision') or '(as it is)'}",
@@ -59,6 +60,7 @@ def card(manifest: Mapping[str, Any], scores: Mapping[str, Any] | None = None) -
         **average,
         "images seen": f"{manifest['images_seen']:,}",
         "dataset version": training.get("dataset", "not recorded"),
+        **(by_artist if chosen.get("split_by") == "artist" else {}),
         "encoder": training.get("encoder_id", "not recorded"),
         **{name.replace("_", " "): f"{value:.5g}" for name, value in sorted(manifest["metrics"].items())},
     }

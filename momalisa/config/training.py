@@ -104,7 +104,9 @@ class Train(Section):
     """A folder on each node's disk for the latents, 6.4 GB for 100,000 works at 512x512 (default: below the system's folder
     for temporary files)."""
     held_out_fraction: float = Field(default=0.1, gt=0, lt=1)
-    """Works kept out of training, chosen by the hash of their id: promote measures on them."""
+    """Works kept out of training, chosen by hash: promote measures on them."""
+    split_by: Literal["work", "artist"] = "work"
+    """What is either trained on or held out: each work by itself, or all works of an artist (those of nobody by themselves)."""
     checkpoint_every_images: Positive = 5_000
     keep_states: Positive = 2
     """How many of the newest checkpoints keep what training resumes from (10 GB each for a full fine-tune)."""

@@ -48,7 +48,11 @@ class LatentCache:
 
     def without(self, ids: Collection[str]) -> LatentCache:
         """All rows but those of some works."""
-        return self.rows([i for i, own in enumerate(self.ids) if own not in ids]) if ids else self
+        return self.rows([i for i, own in enumerate(self.ids) if own not in ids])
+
+    def only(self, ids: Collection[str]) -> LatentCache:
+        """The rows of some works."""
+        return self.rows([i for i, own in enumerate(self.ids) if own in ids])
 
     def stacked(self) -> torch.Tensor:
         """The moments of rows of one shape: [N, 2C, H, W] float16."""
@@ -172,26 +176,3 @@ def _locked(path: Path) -> Iterator[IO[bytes]]:
     with open(path, "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield file
-
-
-def split(cache: LatentCache, held_out_fraction: float) -> tuple[LatentCache, LatentCache]:
-    """(training, held out), as `sides` deals them. Raises ValueError for fewer than two works."""
-    training, held_out = sides(cache.ids, held_out_fraction)
-    return cache.rows(training), cache.rows(held_out)
-
-
-def sides(ids: Sequence[str], held_out_fraction: float) -> tuple[list[int], list[int]]:
-    """(training, held out) places: chosen by the hash of the id, so a work never changes sides as a collection grows.
-
-    At least one work is held out and at least one is left to train on. Raises ValueError for fewer than two.
-    """
-    if len(ids) < 2:
-        raise ValueError(f"a collection of {len(ids)} works cannot be split into training and held-out; collect at least 2")
-    places = [int(hashlib.sha256(sample_id.encode()).hexdigest()[:8], 16) / 2**32 for sample_id in ids]
-    held = [i for i, place in enumerate(places) if place < held_out_fraction]
-    if not held:
-        held = [places.index(min(places))]
-    if len(held) == len(ids):
-        held.remove(places.index(max(places)))
-    kept = set(held)
-    return [i for i in range(len(ids)) if i not in kept], held

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 from momalisa.captioner import captioner_id
 from momalisa.checkpoint import Checkpoint
 from momalisa.config import Settings
-from momalisa.dataset import Dataset
+from momalisa.dataset import Dataset, Version
 from momalisa.latents import encoder_id
+from momalisa.records import OK
 from momalisa.storage import Store
 from momalisa.training import cache as caches
+from momalisa.training import split as splits
 from momalisa.training.cache import LatentCache
 from momalisa.training.loop import Run
 from momalisa.weights import identity, short_id
@@ -44,21 +46,26 @@ SHELL_SETTINGS = {
 }
 
 
-LATER_SETTINGS = {"deterministic": False}  # part of a name only where they are not what runs before them had
+LATER_SETTINGS = {"deterministic": False, "split_by": "work"}  # part of a name only where they are not what runs before them had
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run's name and the tables it is trained on; cheap to make, small to send."""
+    """A run's name, the tables it is trained on, and which of their works it is not; cheap to make, small to send."""
 
     name: str
     encoder_id: str
     tables: tuple[str, ...]
     left_out: tuple[str, ...] = ()  # works in them that turned out to be another work's picture again
+    held_out: tuple[str, ...] = ()  # works that promotion measures on
+    works: int = 0  # trained on or held out
 
 
 def plan(settings: Settings) -> Plan:
-    """Name the run that these settings and the dataset's latest version make."""
+    """Name the run that these settings and the dataset's latest version make, and split its works.
+
+    Raises ValueError where there are no latents, or works that cannot be split.
+    """
     encoder = encoder_id(settings, captioner_id(settings))
     dataset = Dataset(settings.dataset)
     version = dataset.latest()
@@ -71,9 +78,22 @@ def plan(settings: Settings) -> Plan:
     usual = {name for name, value in LATER_SETTINGS.items() if getattr(settings.train, name) == value}
     decisive = settings.train.model_dump(exclude=SHELL_SETTINGS | usual) | {"cell": settings.train.cell_size}
     base = identity(settings.diffusion.model, settings.diffusion.revision)
-    left_out = tuple(sorted(dataset.duplicates(version) & dataset.ids(tables)))
-    works = (list(tables), left_out) if left_out else (list(tables),)
-    return Plan(f"{settings.name}-{short_id(decisive, base, *works)}", encoder, tables, left_out)
+    rows = [(row["id"], row["status"] == OK) for row in dataset.small_rows(tables, ["id", "status"])]
+    left_out = tuple(sorted(dataset.duplicates(version) & {id for id, _ in rows}))
+    good = {id for id, ok in rows if ok}.difference(left_out)
+    held_out = splits.held_out(_groups(settings, dataset, version, good), settings.train.held_out_fraction)
+    dealt = held_out if settings.train.split_by == "artist" else ()  # who is whose artist may change; a work's id does not
+    name = short_id(decisive, base, list(tables), *(works for works in (left_out, dealt) if works))
+    return Plan(f"{settings.name}-{name}", encoder, tables, left_out, held_out, len(good))
+
+
+def _groups(settings: Settings, dataset: Dataset, version: Version, ids: Set[str]) -> dict[str, str]:
+    """{id: its group} of works that stay together, on one side of the split."""
+    if settings.train.split_by == "work":
+        return splits.by_work(ids)
+    told = dataset.small_rows(version.images, ["id", "artist"])
+    artists = dict.fromkeys(ids, "") | {row["id"]: row["artist"] for row in told if row["id"] in ids}
+    return splits.by_artist(artists, settings.train.seed)
 
 
 def complete(settings: Settings, found: Sequence[Checkpoint]) -> bool:
@@ -87,17 +107,9 @@ def complete(settings: Settings, found: Sequence[Checkpoint]) -> bool:
 
 def split(settings: Settings, planned: Plan) -> tuple[LatentCache, LatentCache]:
     """The run's works: (training, held out)."""
-    chosen = settings.train
-    folder = Path(chosen.cache_dir) if chosen.cache_dir else None
-    works = caches.load(Dataset(settings.dataset), planned.tables, folder).without(set(planned.left_out))
-    return caches.split(works, chosen.held_out_fraction)
-
-
-def count(settings: Settings, planned: Plan) -> tuple[int, int]:
-    """How many works are (trained on, held out). Raises ValueError for fewer than two."""
-    ids = sorted(Dataset(settings.dataset).ids(planned.tables, only_ok=True) - set(planned.left_out))
-    training, held_out = caches.sides(ids, settings.train.held_out_fraction)
-    return len(training), len(held_out)
+    folder = Path(settings.train.cache_dir) if settings.train.cache_dir else None
+    works = caches.load(Dataset(settings.dataset), planned.tables, folder)
+    return works.without({*planned.left_out, *planned.held_out}), works.only(set(planned.held_out))
 
 
 def load(settings: Settings, planned: Plan) -> Run:

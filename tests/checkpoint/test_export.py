@@ -120,3 +120,7 @@ def test_the_card_says_base_licence_data_and_scores(store: Store, tiny_base: Pat
     assert "Attachment A" in card
     checkpoints.write(store, sd14, tmp_path / "weights")
     assert store.read_bytes(f"{saved.path}/README.md").decode() == card
+    assert "held-out works" not in card
+    dealt = replace(saved, training={**saved.training, "settings": {"split_by": "artist"}})
+    checkpoints.write(store, dealt, tmp_path / "weights")
+    assert "| held-out works | chosen by artist: " in store.read_bytes(f"{saved.path}/README.md").decode()

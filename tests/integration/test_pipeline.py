@@ -153,6 +153,22 @@ def test_another_worker_count_is_the_same_run_and_other_settings_another(
         assert (runs.plan(changed).name == name) is same
 
 
+def test_by_artist_the_collection_splits_between_artists(finished: tuple[config.Settings, dict[str, Any]]) -> None:
+    from momalisa.training import run as runs
+
+    settings, _ = finished
+    train = settings.train.model_copy(update={"split_by": "artist", "held_out_fraction": 0.4})
+    chosen = settings.model_copy(update={"train": train})
+    sides = runs.split(chosen, runs.plan(chosen))
+    dataset = Dataset(settings.dataset)
+    artists = {row["id"]: row["artist"] for row in dataset.small_rows(dataset.latest().images, ["id", "artist"])}
+    training, held_out = ({artists[id] for id in side.ids} for side in sides)
+    assert "" not in training | held_out
+    assert training
+    assert held_out
+    assert not training & held_out
+
+
 def test_nothing_to_promote_is_an_error_that_names_the_job(finished: tuple[config.Settings, dict[str, Any]]) -> None:
     settings, _ = finished
     other = settings.model_copy(update={"train": settings.train.model_copy(update={"seed": 99})})

@@ -21,6 +21,7 @@ from momalisa.promotion.decision import Evidence
 from momalisa.promotion.measure import png
 from momalisa.records import IMAGES, LATENTS, Artwork
 from momalisa.storage import Store
+from momalisa.training import split
 from momalisa.training.run import Plan
 
 SD14 = {"model": "CompVis/stable-diffusion-v1-4", "revision": None, "variant": None}
@@ -103,4 +104,5 @@ def museum(tiny_base: Path, tmp_path: Path) -> Museum:
         checkpoints.save_weights(unet, folder, lora=False)
         entry = Checkpoint(f"checkpoints/run/{images_seen:09d}", "run", images_seen, settings.diffusion.model_dump(), {})
         checkpoints.write(Store(settings.root), entry, folder)
-    return settings, Plan("run", encoder, tuple(tables))
+    held_out = split.held_out(split.by_work(names), settings.train.held_out_fraction)
+    return settings, Plan("run", encoder, tuple(tables), held_out=held_out, works=len(names))

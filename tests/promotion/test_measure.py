@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,16 @@ def test_pictures_are_compared_with_what_was_trained_on(museum: Museum, monkeypa
     assert near[1] > 0.02
     assert near[3] > 0.5
     assert 0 < found["limit"] <= near[1]
+
+
+def test_whoever_the_plan_holds_out_is_measured_on_and_nobody_else(museum: Museum, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, planned = museum
+    held_out = ("work-2", "work-3", "work-5")
+    planned = replace(planned, held_out=held_out)
+    monkeypatch.setattr(measure, "_grid", lambda settings, model, rows: rows.ids)
+    assert measure.measured(settings, planned, TEN, LOSSES)["held_out"] == list(held_out)
+    pairs, _ = measure.references(changed(settings, distance_pictures=9), planned)
+    assert [caption for caption, _ in pairs] == [f"A MOMA artwork of: {name}" for name in held_out]
 
 
 def test_without_thumbnails_nothing_is_said_of_copies(museum: Museum, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The training set in memory, and which works are kept out of it."""
+"""The training set in memory."""
 
 from __future__ import annotations
 
@@ -9,15 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from momalisa.dataset import Dataset
 from momalisa.records import LATENTS, OK, REJECTED
 from momalisa.training import cache as caches
 from momalisa.training.cache import LatentCache
-
-ids = st.lists(st.text(max_size=5), unique=True, min_size=2, max_size=30)
 
 
 def cache_of(names: list[str]) -> LatentCache:
@@ -115,29 +111,10 @@ def test_latents_of_several_sizes_are_several_buckets(dataset: Dataset) -> None:
     assert found.rows([0, 2]).stacked()[:, 0, 0, 0].tolist() == [1, 4]
 
 
-@settings(deadline=None)
-@given(names=ids, fraction=st.floats(0.01, 0.99))
-def test_a_split_is_a_partition_with_at_least_one_on_each_side(names: list[str], fraction: float) -> None:
-    training, held_out = caches.split(cache_of(names), fraction)
-    assert len(training) >= 1
-    assert len(held_out) >= 1
-    assert sorted(training.ids + held_out.ids) == sorted(names)
-    for side in (training, held_out):  # rows stay whole
-        again = cache_of(side.ids)
-        assert side.captions == again.captions
-        assert torch.equal(side.stacked(), again.stacked())
-        assert torch.equal(side.token_ids, again.token_ids)
-
-
-def test_a_work_never_changes_sides_as_a_collection_grows() -> None:
-    names = [f"moma-{number}" for number in range(400)]
-    few, many = (set(caches.split(cache_of(part), 0.1)[1].ids) for part in (names[:200], names))
-    assert few == many & set(names[:200])
-    assert 20 <= len(many) <= 60
-    assert many <= set(caches.split(cache_of(names), 0.2)[1].ids)
-
-
-@pytest.mark.parametrize("count", [0, 1])
-def test_fewer_than_two_works_cannot_be_split(count: int) -> None:
-    with pytest.raises(ValueError, match=f"a collection of {count} works cannot be split"):
-        caches.split(cache_of(["a", "b"][:count]), 0.1)
+def test_some_works_and_the_others_keep_their_rows_whole() -> None:
+    names = ["e", "a", "d", "b"]
+    for part, expected in ((cache_of(names).only({"d", "e"}), ["e", "d"]), (cache_of(names).without({"d", "e"}), ["a", "b"])):
+        again = cache_of(expected)
+        assert (part.ids, part.captions) == (expected, again.captions)
+        assert torch.equal(part.stacked(), again.stacked())
+        assert torch.equal(part.token_ids, again.token_ids)

@@ -13,9 +13,10 @@ from momalisa import config
 from momalisa.checkpoint import Checkpoint
 from momalisa.config import Settings
 from momalisa.dataset import Dataset
-from momalisa.records import DUPLICATES, LATENTS
+from momalisa.records import DUPLICATES, IMAGES, LATENTS, Artwork
 from momalisa.training import run as runs
 from momalisa.weights import identity, short_id
+from ray_jobs import train as jobs
 
 
 @pytest.fixture
@@ -60,9 +61,10 @@ def test_what_decides_its_result_names_it(settings: Settings, change: dict[str, 
 def test_later_settings_name_a_run_only_where_they_are_used(settings: Settings) -> None:
     """So that runs of before keep their names."""
     planned, chosen = runs.plan(settings), settings.train
-    before = chosen.model_dump(exclude=runs.SHELL_SETTINGS | {"deterministic"}) | {"cell": chosen.cell_size}
+    before = chosen.model_dump(exclude=runs.SHELL_SETTINGS | {"deterministic", "split_by"}) | {"cell": chosen.cell_size}
     assert planned.name == f"small-{short_id(before, identity(settings.diffusion.model), list(planned.tables))}"
     assert runs.plan(trained(settings, deterministic=True)).name != planned.name
+    assert runs.plan(trained(settings, split_by="artist")).name != planned.name
 
 
 def test_a_run_that_stopped_early_is_complete_while_it_may_stop(settings: Settings) -> None:
@@ -97,6 +99,71 @@ def test_what_turned_out_to_be_a_duplicate_is_not_trained_on(settings: Settings)
     training, held_out = runs.split(settings, planned)
     assert planned.name != before.name
     assert sorted(training.ids + held_out.ids) == sorted(f"w{i}" for i in range(20) if i != 3)
+
+
+def signed(settings: Settings, artists: dict[str, str]) -> None:
+    """Publish images of these works instead of those that there are."""
+    dataset = Dataset(settings.dataset)
+    table = dataset.put_rows("images", [Artwork(id=id, artist=artist).row() for id, artist in artists.items()], IMAGES)
+    dataset.publish(replace(dataset.latest(), images=(table,)))
+
+
+def test_by_artist_nobody_is_trained_on_and_held_out(settings: Settings) -> None:
+    artists = {f"w{i}": f"Artist {i % 5}" for i in range(18)}  # and two works that no image tells of
+    signed(settings, {**artists, "not encoded": "Artist 7"})
+    chosen = trained(settings, split_by="artist", held_out_fraction=0.4)
+    planned = runs.plan(chosen)
+    training, held_out = runs.split(chosen, planned)
+    assert sorted(training.ids + held_out.ids) == sorted(f"w{i}" for i in range(20))
+    assert (tuple(held_out.ids), len(training) + len(held_out)) == (planned.held_out, planned.works)
+    known, unseen = ({artists[id] for id in side.ids if id in artists} for side in (training, held_out))
+    assert known | unseen == {f"Artist {i}" for i in range(5)}
+    assert known
+    assert unseen
+    assert not known & unseen
+    assert runs.load(chosen, planned).cache.ids == training.ids
+    assert runs.plan(chosen) == planned
+
+
+def test_the_job_says_what_whole_artists_came_to(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fit(settings: Settings, planned: runs.Plan) -> None:
+        raise InterruptedError("here training would begin")
+
+    signed(settings, {f"w{i}": "Agnes Martin" if i < 12 else "Ad Reinhardt" for i in range(20)})
+    monkeypatch.setattr("ray_jobs.train.fit", fit)
+    said = []
+    for by in ("work", "artist"):
+        with pytest.raises(InterruptedError):
+            jobs.run(trained(settings, split_by=by))
+        said.append(capsys.readouterr().out)
+    assert said[0] == ""
+    assert said[1].startswith(("train: 40.0% of 20 works are held out", "train: 60.0% of 20 works are held out"))
+
+
+def test_another_artist_on_the_other_side_is_another_run(settings: Settings) -> None:
+    chosen, artists = trained(settings, split_by="artist"), {f"w{i}": f"Artist {i % 5}" for i in range(20)}
+    signed(settings, artists)
+    planned, by_work = runs.plan(chosen), runs.plan(settings)
+    signed(settings, {**artists, "not encoded": "Artist 0"})
+    assert runs.plan(chosen) == planned
+    moved = planned.held_out[0]
+    signed(settings, {**artists, moved: next(artist for id, artist in artists.items() if id not in planned.held_out)})
+    assert moved not in runs.plan(chosen).held_out
+    assert runs.plan(chosen).name != planned.name
+    assert runs.plan(settings) == by_work  # the hash of the id alone
+
+
+def test_duplicates_are_removed_before_works_are_split(settings: Settings) -> None:
+    signed(settings, {f"w{i}": "Agnes Martin" if i else "Ad Reinhardt" for i in range(20)})
+    chosen, dataset = trained(settings, split_by="artist"), Dataset(settings.dataset)
+    assert {len(runs.plan(chosen).held_out)} <= {1, 19}
+    again = {"id": "w0", "duplicate_of": "w1", "kind": "near", "distance": 2, "correlation": 0.99}
+    dataset.publish(replace(dataset.latest(), duplicates=(dataset.put_rows("duplicates", [again], DUPLICATES),)))
+    with pytest.raises(ValueError, match=r"train.split_by=artist: all 19 works are by Agnes Martin"):
+        runs.plan(chosen)
+    assert runs.plan(settings).works == 19
 
 
 def test_shell_settings_are_settings() -> None:
