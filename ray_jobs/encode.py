@@ -54,8 +54,10 @@ def load(settings: Settings, device: str) -> Any:
 
     from momalisa.family import ERROR, Model, Pixels, Work
     from momalisa.latents import Autoencoder, from_bytes, load_tokenizer, tokenize
+    from momalisa.precision import full_precision
     from momalisa.records import OK
 
+    full_precision()
     autoencoder, tokenizer = Autoencoder.load(settings.diffusion, device), load_tokenizer(settings.diffusion)
     nothing = {"moments": b"", "channels": 0, "height": 0, "width": 0, "token_ids": []}
 

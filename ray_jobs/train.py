@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from momalisa.training.run import Plan
 
 
+PATIENCE_S = 4 * 3600
+"""How long workers wait for the first one, which alone writes checkpoints, draws pictures and measures losses for an early stop:
+minutes for each checkpoint of Stable Diffusion's size, and where a run is given its patience late, for all of them at once."""
+
+
 def run(settings: Settings) -> dict[str, Any]:
     """Train to the end and return the stage's summary."""
     from momalisa.checkpoint import read_all
@@ -61,7 +66,7 @@ def fit(settings: Settings, planned: Plan) -> None:
     """Run Ray Train's workers over the library's loop. Raises ValueError for what trying again would not mend."""
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     from momalisa.storage import Store
@@ -78,6 +83,7 @@ def fit(settings: Settings, planned: Plan) -> None:
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"settings": settings, "plan": planned, "bell": bell},
+            torch_config=TorchConfig(timeout_s=PATIENCE_S),
             scaling_config=ScalingConfig(use_gpu=chosen.gpus_per_worker > 0, resources_per_worker=resources, **size),
             run_config=RunConfig(
                 name=planned.name,

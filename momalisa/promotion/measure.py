@@ -23,6 +23,7 @@ from momalisa.dataset import Dataset
 from momalisa.diffusion import Schedule
 from momalisa.engine import Engine, Request
 from momalisa.latents import Autoencoder, TextEncoder
+from momalisa.precision import full_precision
 from momalisa.promotion import general
 from momalisa.quality import ClipFeatures, held_out_losses, mmd2
 from momalisa.storage import Store
@@ -42,8 +43,10 @@ DECISIVE = {
 Measured = dict[str, Any]  # numbers and lists, as JSON
 
 
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def device(settings: Settings) -> torch.device:
+    """What a measurement was given: a GPU that is merely visible (Ray hides none) may be another one's."""
+    given = settings.promote.gpus_per_task > 0 and torch.cuda.is_available()
+    return torch.device("cuda" if given else "cpu")
 
 
 def rules(settings: Settings, what: str) -> str:
@@ -95,7 +98,9 @@ def measured(settings: Settings, planned: Plan, path: str | None, what: str) -> 
     if (found := _kept(settings, where)) is not None:
         return found
     functions: dict[str, Callable[[Settings, Plan, Model], Measured]] = {LOSSES: _losses, GATES: _gates, DISTANCE: _distance}
-    with torch.random.fork_rng():
+    full_precision()
+    own = [torch.cuda.current_device()] if device(settings).type == "cuda" else []
+    with torch.random.fork_rng(devices=own):
         try:
             model = load(settings, path)
         except (ValueError, OSError) as error:
@@ -130,14 +135,14 @@ class Model:
 
 
 def load(settings: Settings, path: str | None) -> Model:
-    """The model of a checkpoint's path, or the base for None, on this machine's device."""
+    """The model of a checkpoint's path, or the base for None, on the device that there is for it."""
     if path is None:
-        unet = checkpoints.load_base_unet(settings.diffusion).to(device())
-        return Model(unet, TextEncoder.load(settings.diffusion, device()))
+        unet = checkpoints.load_base_unet(settings.diffusion).to(device(settings))
+        return Model(unet, TextEncoder.load(settings.diffusion, device(settings)))
     store = Store(settings.root)
     found = checkpoints.read(store, path)
-    unet = checkpoints.load_unet(store, found).to(device())
-    return Model(unet, checkpoints.load_text_encoder(store, found, device()), found.zero_terminal_snr)
+    unet = checkpoints.load_unet(store, found).to(device(settings))
+    return Model(unet, checkpoints.load_text_encoder(store, found, device(settings)), found.zero_terminal_snr)
 
 
 def _losses(settings: Settings, planned: Plan, model: Model) -> Measured:
@@ -158,7 +163,8 @@ def _grid(settings: Settings, model: Model, rows: LatentCache) -> list[float]:
 
 def draw_general(settings: Settings) -> None:
     """Have the base draw the general captions, unless it did."""
-    general.draw(settings, device())
+    full_precision()
+    general.draw(settings, device(settings))
 
 
 def _gates(settings: Settings, planned: Plan, model: Model) -> Measured:
@@ -180,7 +186,7 @@ def _pictures(settings: Settings, planned: Plan, model: Model) -> Measured:
     pictures = opened(drawn(settings, model, prompts, GATE_SEED))
     found: Measured = {}
     if chosen.alignment_model is not None:
-        judge = alignment.load(chosen.alignment_model, chosen.alignment_revision, settings.diffusion, device())
+        judge = alignment.load(chosen.alignment_model, chosen.alignment_revision, settings.diffusion, device(settings))
         asked = [prompt.removeprefix(settings.caption.prefix) for prompt in prompts]
         found["alignment"] = judge(pictures, asked).tolist()
     looks = thumbnails(settings)
@@ -203,7 +209,7 @@ def _distance(settings: Settings, planned: Plan, model: Model) -> Measured:
     """`mmd`: MMD^2 x 1000 of pictures of the reference's captions to the reference, of `pictures` pairs."""
     assert settings.promote.clip_model is not None
     pairs, _ = references(settings, planned)
-    features = ClipFeatures(settings.promote.clip_model, settings.promote.clip_revision, device())
+    features = ClipFeatures(settings.promote.clip_model, settings.promote.clip_revision, device(settings))
     pictures = opened(drawn(settings, model, [caption for caption, _ in pairs], PICTURE_SEED))
     return {"mmd": mmd2(features(pictures), features([picture for _, picture in pairs])), "pictures": len(pairs)}
 
@@ -214,7 +220,7 @@ def collection_distance(settings: Settings, planned: Plan) -> float | None:
     pairs, more = references(settings, planned)
     if len(more) < 2:
         return None
-    features = ClipFeatures(settings.promote.clip_model, settings.promote.clip_revision, device())
+    features = ClipFeatures(settings.promote.clip_model, settings.promote.clip_revision, device(settings))
     return mmd2(features(more), features([picture for _, picture in pairs]))
 
 
@@ -228,7 +234,7 @@ def drawn(settings: Settings, model: Model, prompts: Sequence[str], first_seed: 
     engine = Engine.load(
         settings.diffusion,
         model.unet,
-        device(),
+        device(settings),
         text_encoder=model.text_encoder,
         zero_terminal_snr=model.zero_terminal_snr,
     )

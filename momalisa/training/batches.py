@@ -97,11 +97,12 @@ class Batches:
         scaling_factor: float,
         rank: int = 0,
         workers: int = 1,
+        beside_gpu: bool = False,
     ) -> None:
         self.train, self.cache, self.schedule, self.texts, self.scaling_factor = train, cache, schedule, texts, scaling_factor
-        self.rank, self.workers = rank, workers
+        self.rank, self.workers, self.beside_gpu = rank, workers, beside_gpu
         self.cells = Cells(train.seed, cache.buckets(), train.cell_size)
-        self._thread = ThreadPoolExecutor(1, "batches") if torch.cuda.is_available() else None
+        self._thread = ThreadPoolExecutor(1, "batches") if beside_gpu else None
         self._ahead: tuple[int, Future[list[Pass]]] | None = None
 
     def at(self, images_seen: int) -> list[Pass]:
@@ -152,7 +153,7 @@ class Batches:
             weights=self.schedule.weights(drawn.timesteps, settings.min_snr_gamma) * (weight / settings.batch),
             general=self.texts.general(drawn.prompts) if settings.prior_weight else None,
         )
-        return made.pinned() if torch.cuda.is_available() else made
+        return made.pinned() if self.beside_gpu else made
 
     def close(self) -> None:
         if self._thread is not None:

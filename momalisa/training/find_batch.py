@@ -38,13 +38,21 @@ def sizes(share: int) -> list[int]:
     return sorted({min(2**power, share) for power in range(share.bit_length() + 1)})
 
 
+def full(error: RuntimeError) -> bool:
+    """Whether the accelerator's memory is: PyTorch's own word for it, or what its libraries say that found none left."""
+    said = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in said)
+
+
 def trials(settings: Settings, steps: int = 4) -> Iterator[Trial]:
     """Measure sizes in turn, until one does not fit."""
     chosen = settings.train
     for size in sizes(-(-chosen.batch // chosen.workers)):
         try:
             yield measure(settings, size, steps)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not full(error):
+                raise
             return
         finally:
             gc.collect()
@@ -54,7 +62,7 @@ def trials(settings: Settings, steps: int = 4) -> Iterator[Trial]:
 
 
 def measure(settings: Settings, size: int, steps: int) -> Trial:
-    """Some steps of one pass of `size` pictures. Raises torch.OutOfMemoryError where they do not fit."""
+    """Some steps of one pass of `size` pictures. Raises RuntimeError where they do not fit."""
     alone = {"batch": size, "micro_batch": None, "cell": None, "workers": 1, "min_workers": None, "images": (steps + 2) * size}
     train = Train(**{**settings.train.model_dump(), **alone})
     with tempfile.TemporaryDirectory(prefix="momalisa-") as scratch:

@@ -34,9 +34,9 @@ from momalisa.training.ema import Ema, PowerEma
 from momalisa.training.metrics import Flops, Meter, known_peak
 from momalisa.training.model import Denoiser, Prior, publishable
 from momalisa.training.prior import PROMPTS
-from momalisa.training.processes import PRECISIONS, accelerator, compress
+from momalisa.training.processes import PRECISIONS, accelerator, compress, layout
 from momalisa.training.profile import STORED
-from momalisa.training.state import Progress
+from momalisa.training.state import Host, Progress
 from momalisa.training.writer import Snapshot, Writer
 
 LOG_EVERY = 10  # steps
@@ -88,11 +88,13 @@ class Trainer:
         self.text_encoder = TextEncoder.load(run.diffusion, self.device)
         denoiser = Denoiser(checkpoints.load_base_unet(run.diffusion), self.text_encoder, settings)
         attention.choose(denoiser.unet, self.device, dtype)
+        self.layout = layout(self.device)
+        if settings.optimizer != "adamw8bit":  # which makes weights contiguous, but not the moments that it has begun
+            denoiser.unet.to(memory_format=self.layout)
+        denoiser.unet.train()
         self.trained = denoiser.trained()
-        self.ema = Ema(self.trained.items(), settings.ema_decay)
+        self.ema = Ema(self.trained.items(), settings.ema_decay)  # in the weights' layout
         self.powers = {sigma: PowerEma(self.trained.items(), sigma) for sigma in STORED} if settings.power_ema else {}
-        self.layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
-        denoiser.unet.train().to(memory_format=self.layout)
         optimizer = optimizers.build(settings, self.trained.values())
         self.denoiser, self.optimizer = self.accelerator.prepare(denoiser, optimizer)
         self.bare = denoiser
@@ -119,9 +121,10 @@ class Trainer:
             Autoencoder.load(run.diffusion).scaling_factor,
             self.accelerator.process_index,
             self.accelerator.num_processes,
+            beside_gpu=self.device.type == "cuda",
         )
         self._forward = self._compiled() if settings.compile else self.denoiser
-        self.writer = Writer(run.store, settings, events.checkpointed)
+        self.writer, self.host = Writer(run.store, settings, events.checkpointed), Host()
         self.gradient_norm = torch.zeros((), device=self.device)
         peak = settings.peak_tflops or known_peak(self.device, settings.precision)
         self.meter = Meter(len(schedule), self.device, peak)
@@ -133,10 +136,9 @@ class Trainer:
         """The UNet, compiled for each shape of a pass. By default PyTorch goes on uncompiled after eight of them."""
         import torch._dynamo.config as dynamo
 
-        most = self.batches.most_shapes() + dynamo.recompile_limit
-        dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, most)  # of all models in this process
-        made: Any = torch.compile  # whose overloads lack these two
-        return made(self.denoiser, dynamic=False, recompile_limit=most, isolate_recompiles=True)
+        dynamo.recompile_limit += self.batches.most_shapes()  # of all models in this process
+        dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, dynamo.recompile_limit)
+        return torch.compile(self.denoiser, dynamic=False)
 
     def _rehearse(self) -> None:
         """One exchange of gradients that are zero. DDP lays out its buckets anew after the first exchange of a process,
@@ -199,10 +201,13 @@ class Trainer:
         checkpoint stands."""
         settings, progress = self.run.train, self.progress
         recent: list[torch.Tensor] = []  # of each step: its loss, and the norm of its gradient
+        first = progress.step + 1
         self.meter.reset()
         try:
             while progress.images_seen < settings.images and not progress.stopped:
                 recent.append(torch.stack([self.step(), self.gradient_norm]))
+                if progress.step == first and self.accelerator.is_main_process:
+                    self.host.reserve(self._state())  # seconds for gigabytes, for which no checkpoint then waits
                 ends = progress.images_seen >= settings.images
                 if progress.step % LOG_EVERY == 0 or ends or self._checkpoint_due():
                     loss = self._mean(recent)
@@ -369,12 +374,15 @@ class Trainer:
             warm *= 0.5 * (1 + math.cos(math.pi * min(1.0, seen / settings.images)))
         return settings.learning_rate * warm
 
+    def _state(self) -> dict[str, torch.Tensor]:
+        return trainer_state.tensors(self.trained, self.ema, self._bare_optimizer, self.powers)
+
     def snapshot(self) -> Snapshot:
-        """This moment, copied: what becomes a checkpoint."""
+        """This moment, copied: what becomes a checkpoint. The one before must be written: its memory is used again."""
         run, progress = self.run, self.progress
         progress.ema_updates = self.ema.updates
         progress.scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
-        state = trainer_state.tensors(self.trained, self.ema, self._bare_optimizer, self.powers)
+        state = self.host.copy(self._state())
         history = {"losses": list(progress.losses), "workers": list(progress.workers), "stopped": progress.stopped}
         checkpoint = Checkpoint(
             path=f"checkpoints/{run.name}/{progress.images_seen:09d}",

@@ -34,9 +34,11 @@ def state(optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Param
 
 
 def restore(optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter], found: dict[str, torch.Tensor]) -> None:
-    """Put back what `state` gave."""
+    """Put back what `state` gave, moments in their parameter's strides, as kernels expect them that walk through memory."""
     for place, value in found.items():
         key, name = place.split("/", 1)
         parameter = parameters[name]
         number = key == "step" and not isinstance(optimizer, torch.optim.AdamW)
+        if value.shape == parameter.shape:
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         optimizer.state[parameter][key] = int(value) if number else value.to(parameter.device)

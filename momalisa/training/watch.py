@@ -141,7 +141,9 @@ class EarlyStop:
     """
 
     def __init__(self, settings: Settings, planned: Plan) -> None:
-        self.settings, self.planned, self.patience = settings, planned, settings.train.early_stop_patience
+        here = settings.promote.model_copy(update={"gpus_per_task": settings.train.gpus_per_worker})  # where it trains
+        self.settings, self.planned = settings.model_copy(update={"promote": here}), planned
+        self.patience = settings.train.early_stop_patience
         self._said = False
 
     def __call__(self, images_seen: int) -> bool:

@@ -22,7 +22,7 @@ from momalisa.training.model import Denoiser, save_trained
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything of one moment, on the CPU, that nobody writes to any more."""
+    """Everything of one moment, on the CPU, that nobody writes to until it is written out."""
 
     checkpoint: Checkpoint  # without its files' hashes
     denoiser: Denoiser  # for its configuration only

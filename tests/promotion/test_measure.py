@@ -22,6 +22,7 @@ from momalisa.promotion import general, measure
 from momalisa.promotion.measure import DISTANCE, GATES, LOSSES
 from momalisa.storage import Store
 from momalisa.training.model import Denoiser, of_unet, save_text_adapters
+from momalisa.training.watch import EarlyStop
 from tests.promotion.conftest import Museum
 
 TEN = "checkpoints/run/000000010"
@@ -76,6 +77,20 @@ def test_measuring_leaves_every_random_state_as_it_was(museum: Museum, monkeypat
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert np.array_equal(np.random.get_state()[1], states[2])
+
+
+def test_a_gpu_is_taken_where_one_was_asked_for(museum: Museum, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, planned = museum
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # one is visible; whoever touches it fails, for there is none
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    for what in (LOSSES, GATES):
+        assert "error" not in measure.measured(settings, planned, TEN, what)
+    assert not torch.backends.cudnn.allow_tf32
+    reserved = changed(settings, gpus_per_task=0.5)
+    assert [measure.device(one).type for one in (settings, reserved)] == ["cpu", "cuda"]
+    beside = reserved.model_copy(update={"train": settings.train.model_copy(update={"gpus_per_worker": 1.0})})
+    stops = [EarlyStop(one, planned) for one in (reserved, beside)]  # measures where training is
+    assert [measure.device(stop.settings).type for stop in stops] == ["cpu", "cuda"]
 
 
 def test_a_damaged_checkpoint_is_an_error_and_leaves_nothing(museum: Museum) -> None:

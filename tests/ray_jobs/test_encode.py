@@ -127,6 +127,12 @@ def test_a_wrong_model_fails_before_ray_starts(settings: Settings, monkeypatch: 
         encode.run(settings.model_copy(update={"diffusion": Diffusion(model="./nothing")}))
 
 
+def test_latents_are_made_in_full_precision(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    encode.load(settings, "cpu")
+    assert not torch.backends.cudnn.allow_tf32
+
+
 def test_latents_that_are_not_finite_are_an_error(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     model = encode.load(settings, "cpu")
     moments = torch.zeros(2, 8, 8, 8, dtype=torch.float16)

@@ -8,8 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from momalisa.config import Diffusion, Encode, Settings, Train
 from momalisa.training import find_batch
 from momalisa.training.find_batch import Trial
+
+
+def settings_of(base: Path) -> Settings:
+    return Settings(diffusion=Diffusion(model=str(base)), encode=Encode(resolution_px=64), train=Train(batch=16, workers=1))
 
 
 def test_sizes_double_up_to_a_workers_share() -> None:
@@ -34,16 +39,28 @@ def test_it_is_measured_and_said(
     assert lines[-1].startswith("use --train.micro_batch=")
 
 
-def test_it_ends_where_memory_does(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from momalisa.config import Diffusion, Encode, Settings, Train
+FULL = [
+    torch.OutOfMemoryError("full"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+]
 
-    measure = find_batch.measure
 
+@pytest.mark.parametrize("full", FULL, ids=["allocator", "cuBLAS", "driver"])
+def test_it_ends_where_memory_does(tiny_base: Path, monkeypatch: pytest.MonkeyPatch, full: RuntimeError) -> None:
     def small(settings: Settings, size: int, steps: int) -> Trial:
         if size > 2:
-            raise torch.OutOfMemoryError("full")
-        return measure(settings, size, 1)
+            raise full
+        return Trial(size, 1.0, 1.0)
 
     monkeypatch.setattr(find_batch, "measure", small)
-    made = Settings(diffusion=Diffusion(model=str(tiny_base)), encode=Encode(resolution_px=64), train=Train(batch=16, workers=1))
-    assert [trial.micro_batch for trial in find_batch.trials(made)] == [1, 2]
+    assert [trial.micro_batch for trial in find_batch.trials(settings_of(tiny_base))] == [1, 2]
+
+
+def test_another_error_is_not_a_full_memory(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> Trial:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(find_batch, "measure", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        list(find_batch.trials(settings_of(tiny_base)))

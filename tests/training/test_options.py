@@ -155,22 +155,6 @@ def test_the_prior_pulls_towards_the_base_and_not_before_there_is_a_difference(
     assert ends[1] < 0.7 * ends[0]
 
 
-def test_eight_bit_adam_learns_and_resumes_bit_by_bit(tiny_base: Path, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
-    options = {"optimizer": "adamw8bit", "images": 24}
-    whole = run_of(tiny_base, tmp_path / "a", **options)
-    progress = Trainer(whole, Events()).train()
-    plain = Trainer(run_of(tiny_base, tmp_path / "c", images=24), Events()).train()
-    assert [loss for _, loss in progress.losses] == pytest.approx([loss for _, loss in plain.losses], rel=0.1)
-    assert progress.losses != plain.losses
-    shutil.copytree(tmp_path / "a" / "checkpoints", tmp_path / "b" / "checkpoints")
-    shutil.rmtree(tmp_path / "b" / "checkpoints" / "o" / "000000024")
-    resumed = replace(whole, store=Store(str(tmp_path / "b")))
-    assert Trainer(resumed, Events()).train() == progress
-    ends = [checkpoints.read_all(part.store, "o")[-1] for part in (whole, resumed)]
-    assert ends[0].state == ends[1].state
-
-
 def test_without_bitsandbytes_the_way_out_is_named(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match=r"train.optimizer=adamw8bit needs bitsandbytes .*pip install 'momalisa\[adam8bit\]'"):
