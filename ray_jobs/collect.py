@@ -116,6 +116,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "rejected": plan.listed - ok,
         "duplicates": len(dataset.duplicates(version)),
         "new": tally.new,
+        "replaced": sum(len(entry.replaced) for entry in done),
         "skipped": plan.passed_by,
         "not_on_view": source.left_out["not on view"],
         "reasons": dict(tally.reasons),
@@ -209,9 +210,9 @@ def main() -> None:
 
 
 def said(summary: dict[str, Any]) -> str:
-    counts = (
-        f"{summary['rows_out']} works, {summary['new']} new, {summary['rejected']} rejected, {summary['duplicates']} duplicates"
-    )
+    instead = f" ({summary['replaced']} in place of older rows)" if summary["replaced"] else ""
+    new = f"{summary['rows_out']} works, {summary['new']} new{instead}"
+    counts = f"{new}, {summary['rejected']} rejected, {summary['duplicates']} duplicates"
     took = f"{counts}, {summary['not_on_view']} not on view, {summary['seconds']:.0f} s"
     return f"{took}, {summary['rows_per_s']:.1f} pictures/s" if summary["rows_per_s"] else took
 

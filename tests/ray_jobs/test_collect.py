@@ -71,8 +71,8 @@ class TestOnRay:
         settings = settings_for(tmp_path / "root", f"{base}/collection.csv", "moma", block_size=40)
         summary = collect.run(settings)
         assert summary | {"seconds": 0, "rows_per_s": 0} == {
-            "stage": "collect", "rows_in": 124, "rows_out": 112, "rejected": 12, "duplicates": 0, "new": 124, "skipped": 0,
-            "not_on_view": 12, "seconds": 0, "rows_per_s": 0,
+            "stage": "collect", "rows_in": 124, "rows_out": 112, "rejected": 12, "duplicates": 0, "new": 124, "replaced": 0,
+            "skipped": 0, "not_on_view": 12, "seconds": 0, "rows_per_s": 0,
             "reasons": {"no_picture": 6, "not_a_picture": 5, "not_found": 1},
         }  # fmt: skip
         printed = capsys.readouterr().out.splitlines()
@@ -305,8 +305,9 @@ class TestOnRay:
             path.write_text(path.read_text().replace(",ImageURL", ",CreditLine,Weight (kg),ImageURL").replace(",b,", ",b,,7,"))
             path.write_text(path.read_text().replace("\n5,a,b,,", "\n5,a,b,Gift of Ann,"))
             summary = collect.run(settings)
-            counts = {"rows_in": 8, "rows_out": 7, "rejected": 1, "new": 3, "skipped": 5, "reasons": {}}
+            counts = {"rows_in": 8, "rows_out": 7, "rejected": 1, "new": 3, "replaced": 3, "skipped": 5, "reasons": {}}
             assert {name: summary[name] for name in counts} == counts
+            assert collect.said(summary).startswith("7 works, 3 new (3 in place of older rows), 1 rejected, ")
             before["moma-1"]["title"], before["moma-3"]["title"], before["moma-5"]["credit"] = "Gone", "Right", "Gift of Ann"
             after = dataset.latest()
             assert {row["id"]: row for row in dataset.rows(after.images)} == before
