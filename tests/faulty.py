@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 
 from aiohttp import ClientSession, web
 from yarl import URL
@@ -11,13 +12,14 @@ from yarl import URL
 class Faulty:
     """A reverse proxy before the bucket that answers as `mode` says: a storm of 503 and 429, a refusal, a lost answer.
 
-    `race`: two writers of refs/latest, each of whom has read what the other one has, are let through together.
+    `race`: two writers of refs/latest are let through together, when each has read what was there before the other.
     """
 
     def __init__(self, target: str) -> None:
         self.target, self.mode, self.asked, self.sent = target, "", 0, 0
         self.calm_until, self.refused = 0, 0  # the storm breaks with the request after so many
-        self.both, self.too_late = asyncio.Barrier(2), 0  # writers that a precondition turned away
+        self.racing, self.both = set[bytes](), asyncio.Event()  # manifests that refs/latest is to name
+        self.too_late = 0  # writes that a precondition turned away
         self.app = web.Application(client_max_size=2**26)
         self.app.router.add_route("*", "/{path:.*}", self.answer)
 
@@ -30,7 +32,10 @@ class Faulty:
             return self.said(401, "Anonymous caller does not have storage.objects.get access to the object.")
         if self.mode == "forbidden":
             return self.said(403, "curator@moma.iam does not have storage.objects.create access")
-        if self.mode == "race" and request.method == "POST" and b"refs/latest" in await request.read():
+        if self.mode == "race" and request.method == "POST" and b"refs/latest" in (asked := await request.read()):
+            self.racing.update(re.findall(rb"manifests/\w+", asked))
+            if len(self.racing) == 2:
+                self.both.set()
             async with asyncio.timeout(240):
                 await self.both.wait()
         async with ClientSession(auto_decompress=False) as session:
