@@ -65,7 +65,8 @@ class Artwork:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-DETAILS = ("title", "artist", "medium")  # of a work: what its fused caption names
+TOLD = ("title", "artist", "date", "medium", "classification", "department", "credit", "rights", "url")  # by a work's source
+DETAILS = ("title", "artist", "medium")  # of these, what its fused caption names
 
 ARROW = {"bytes": pa.binary(), "builtins.bytes": pa.binary(), "str": pa.string(), "int": pa.int32()}
 

@@ -5,16 +5,16 @@
     python -m ray_jobs.collect --config configs/demo.yaml --refresh         # ask again for usable ones, replace what has changed
     ray job submit --runtime-env runtime_env.yaml -- python -m ray_jobs.collect --config configs/sd14.yaml
 
-The demo's museum opens with `python -m momalisa.miniature.wing`. Run the job again when the museum has hung new works:
-what was collected, or rejected, is passed by. A picture that cannot be used is a row that says why; above
-collect.max_bad_fraction nothing is published.
+The demo's museum opens with `python -m momalisa.miniature.wing`. Run the job again when the museum has hung new works or
+corrected its file: what was collected, or rejected, is passed by, and of what is told otherwise now only the words are taken.
+A picture that cannot be used is a row that says why; above collect.max_bad_fraction nothing is published.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ class Tally:
 
     works: int = 0
     ok: int = 0
+    bad_before: int = 0  # of the works, those that were rejected before, and are
     new: int = 0
     resumed: int = 0  # of the works, those that a run before this one has stored
     reasons: Counter[str] = field(default_factory=Counter)
@@ -37,17 +38,19 @@ class Tally:
         self.works += stored.works
         self.new += stored.new
         self.ok += stored.figures.ok
+        self.bad_before += stored.figures.bad_before
         self.reasons.update(stored.figures.reasons)
         self.examples = {**stored.figures.examples, **self.examples}
 
-    def resume(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Count what a killed run has stored. `rows`: status, reason and error."""
+    def resume(self, rows: Iterable[dict[str, Any]], known: Mapping[str, Any]) -> None:
+        """Count what a killed run has stored. `rows`: id, status, reason and error; `known`: id -> its place before."""
         from momalisa.records import OK
 
         for row in rows:
             self.works += 1
             self.ok += row["status"] == OK
             if row["status"] != OK:
+                self.bad_before += row["id"] in known and not known[row["id"]].ok
                 self.reasons[row["reason"]] += 1
                 self.examples.setdefault(row["reason"], row["error"])
         self.new = self.resumed = self.works
@@ -55,13 +58,14 @@ class Tally:
             print(f"collect: going on after {self.resumed} works of a run that was interrupted", flush=True)
 
     def judge(self, chosen: Collect) -> None:
-        """Raises ValueError above max_bad_fraction. Works asked for again were bad before: they are not judged."""
-        bad = self.works - self.ok
-        if bad > chosen.max_bad_fraction * self.works and not chosen.retry_failed:
+        """Raises ValueError above max_bad_fraction. Works that were bad before are not judged."""
+        judged = self.works - self.bad_before
+        bad = judged - self.ok
+        if bad > chosen.max_bad_fraction * judged:
             common = [(reason, count) for reason, count in self.reasons.most_common() if reason in self.examples][:3]
             reasons = "; ".join(f"{count} x {reason} ({self.examples[reason]})" for reason, count in common)
             raise ValueError(
-                f"collect: {bad} of {self.works} works were rejected, more than max_bad_fraction={chosen.max_bad_fraction:g}; "
+                f"collect: {bad} of {judged} works were rejected, more than max_bad_fraction={chosen.max_bad_fraction:g}; "
                 f"nothing was published. The most common reasons: {reasons}. Running again asks for them once more"
             )
 
@@ -77,15 +81,15 @@ def run(settings: Settings) -> dict[str, Any]:
 
     began, dataset, chosen = time.monotonic(), Dataset(settings.dataset), settings.collect
     began_at = dataset.latest()
-    known, draft = dataset.places(began_at.images), Draft(dataset.store, "collect", short_id(began_at.sha256, decisive(chosen)))
+    known = dataset.told_places(began_at.images)
+    draft = Draft(dataset.store, "collect", short_id(began_at.sha256, decisive(chosen)))
     done = draft.entries()
     drafted = [entry.table for entry in done]
     plan, tally = Plan(known, chosen, dataset.places(drafted)), Tally()
     source = open_source(chosen, dataset.store, plan.counts)
-    tables = dataset.small_tables(drafted, ["status", "reason", "error"])
-    tally.resume(row for _, table in tables for row in table.to_pylist())
+    tally.resume(dataset.small_rows(drafted, ["id", "status", "reason", "error"]), known)
     with Progress("collect", None, done=tally.works) as bar:
-        for stored in _blocks(settings, plan.blocks(source.works()), known):
+        for stored in _blocks(settings, plan, plan.blocks(source.works())):
             tally.add(stored)
             _remember(dataset, draft, done, stored)
             bar.total = None if source.expected is None else max(source.expected, tally.works)
@@ -112,6 +116,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "rejected": plan.listed - ok,
         "duplicates": len(dataset.duplicates(version)),
         "new": tally.new,
+        "replaced": sum(len(entry.replaced) for entry in done),
         "skipped": plan.passed_by,
         "not_on_view": source.left_out["not on view"],
         "reasons": dict(tally.reasons),
@@ -120,7 +125,7 @@ def run(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _blocks(settings: Settings, blocks: Iterator[list[Any]], known: Any) -> Iterator[Any]:
+def _blocks(settings: Settings, plan: Any, blocks: Iterator[list[Any]]) -> Iterator[Any]:
     """Store block by block in Ray tasks; yields what was `Stored`. Each task has its share of what a host may be asked."""
     waiting = next(blocks, None)
     if waiting is None:
@@ -131,16 +136,20 @@ def _blocks(settings: Settings, blocks: Iterator[list[Any]], known: Any) -> Iter
     from momalisa.collect.hosts import HostBook
     from momalisa.collect.pace import Share
     from ray_jobs._cluster import connect
+    from ray_jobs._pauses import SharedPauses
 
     connect()
     chosen, book = settings.collect, HostBook()
     free = Share.among(chosen.tasks, chosen.per_host)
+    pauses = SharedPauses() if len(free) > 1 and chosen.source.kind != "folder" else None
     task: Any = ray.remote(num_cpus=settings.ray_cpus_per_task)(store_block)
     running: dict[Any, tuple[Any, set[str]]] = {}
     while waiting or running:
-        while waiting and free and book.may_begin(asked := origins(waiting, chosen)):
-            share, tables = free.pop(0), {work.id: known[work.id].table for work in waiting if work.id in known}
-            running[task.remote(settings.dataset, waiting, chosen, share, book.begin(asked), tables)] = (share, asked)
+        while waiting and free and book.may_begin(asked := origins(filter(plan.asks, waiting), chosen)):
+            share, tables = free.pop(0), {work.id: plan.known[work.id].table for work in waiting if work.id in plan.known}
+            told = frozenset(work.id for work in waiting if not plan.asks(work))
+            block = (settings.dataset, waiting, chosen, share, book.begin(asked), tables, told, pauses)
+            running[task.remote(*block)] = (share, asked)
             waiting = next(blocks, None)
         finished, _ = ray.wait(list(running), num_returns=1)
         share, asked = running.pop(finished[0])
@@ -178,15 +187,18 @@ def _publish(dataset: Any, began_at: Any, done: list[Any], chosen: Collect) -> A
 
     replaced = {id for entry in done for id in entry.replaced}
     kept = {id for entry in done for id in entry.kept}
-    tables = [entry.table for entry in done]
-    version, copies = dataset.without_works(began_at, replaced, kept)
-    for _ in side_by_side(lambda old: validators.add(dataset.store, copies[old], validators.read(dataset.store, old)), copies):
-        pass
+    tables, store = [entry.table for entry in done], dataset.store
 
     def change(latest: Any) -> Any:
-        if replaced and latest != began_at:
-            raise Conflict(f"{dataset.store.root}: another run has published in the meantime; run again: what is stored is kept")
-        added = dataset.added(version if replaced else latest, "images", tables, began_at)
+        if replaced and not set(began_at.images) <= set(latest.images):
+            raise Conflict(
+                f"{store.root}: another run has replaced works in the meantime; nothing was published. Run again: what "
+                f"is there is passed by"
+            )
+        version, copies = dataset.without_works(latest, replaced, kept)
+        for _ in side_by_side(lambda old: validators.add(store, copies[old], validators.read(store, old)), copies):
+            pass
+        added = dataset.added(version, "images", tables, began_at)
         return duplicates.renewed(dataset, added, latest, chosen.duplicates)
 
     dataset.update(change)
@@ -198,9 +210,9 @@ def main() -> None:
 
 
 def said(summary: dict[str, Any]) -> str:
-    counts = (
-        f"{summary['rows_out']} works, {summary['new']} new, {summary['rejected']} rejected, {summary['duplicates']} duplicates"
-    )
+    instead = f" ({summary['replaced']} in place of older rows)" if summary["replaced"] else ""
+    new = f"{summary['rows_out']} works, {summary['new']} new{instead}"
+    counts = f"{new}, {summary['rejected']} rejected, {summary['duplicates']} duplicates"
     took = f"{counts}, {summary['not_on_view']} not on view, {summary['seconds']:.0f} s"
     return f"{took}, {summary['rows_per_s']:.1f} pictures/s" if summary["rows_per_s"] else took
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
+
 from aiohttp import ClientSession, web
 from yarl import URL
 
 
 class Faulty:
-    """A reverse proxy before the bucket that answers as `mode` says: a storm of 503 and 429, a refusal, a lost answer."""
+    """A reverse proxy before the bucket that answers as `mode` says: a storm of 503 and 429, a refusal, a lost answer.
+
+    `race`: two writers of refs/latest are let through together, when each has read what was there before the other.
+    """
 
     def __init__(self, target: str) -> None:
         self.target, self.mode, self.asked, self.sent = target, "", 0, 0
         self.calm_until, self.refused = 0, 0  # the storm breaks with the request after so many
+        self.racing, self.both = set[bytes](), asyncio.Event()  # manifests that refs/latest is to name
+        self.too_late = 0  # writes that a precondition turned away
         self.app = web.Application(client_max_size=2**26)
         self.app.router.add_route("*", "/{path:.*}", self.answer)
 
@@ -24,12 +32,19 @@ class Faulty:
             return self.said(401, "Anonymous caller does not have storage.objects.get access to the object.")
         if self.mode == "forbidden":
             return self.said(403, "curator@moma.iam does not have storage.objects.create access")
+        if self.mode == "race" and request.method == "POST" and b"refs/latest" in (asked := await request.read()):
+            self.racing.update(re.findall(rb"manifests/\w+", asked))
+            if len(self.racing) == 2:
+                self.both.set()
+            async with asyncio.timeout(240):
+                await self.both.wait()
         async with ClientSession(auto_decompress=False) as session:
             url = URL(f"{self.target}{request.rel_url.raw_path_qs}", encoded=True)
             kept = {key: value for key, value in request.headers.items() if key.lower() not in {"host", "content-length"}}
             async with session.request(request.method, url, data=await request.read(), headers=kept) as response:
                 body = await response.read()
                 self.sent += len(body)
+                self.too_late += response.status == 412
                 if self.mode == "lose" and request.method == "POST":
                     self.mode = ""
                     return self.said(503, "written, but nobody hears of it")

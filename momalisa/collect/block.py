@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -17,15 +17,15 @@ from momalisa.collect.fetched import Fetched, Validators
 from momalisa.collect.hosts import Hosts, origin_of
 from momalisa.collect.hygiene import BadPicture, clean
 from momalisa.collect.pace import Share
+from momalisa.collect.pauses import Pauses
 from momalisa.collect.sources.text import legible
 from momalisa.config import Collect
 from momalisa.dataset import Dataset
-from momalisa.records import DETAILS, IMAGES, OK, REJECTED, Artwork, Reason
+from momalisa.records import DETAILS, IMAGES, OK, REJECTED, TOLD, Artwork, Reason
 from momalisa.storage import in_bucket, retried
 
 OPEN_FILES = 8  # of a folder or a bucket, read at a time
 FACTS = ["id", "status", "error", "reason", "sha256", "image_url"]
-TOLD = ("title", "artist", "date", "medium", "classification", "department", "credit", "rights", "url")  # by the source
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Figures:
     """How a block's works ended, and what was learned about hosts."""
 
     ok: int = 0  # works whose row, new or old, is usable
+    bad_before: int = 0  # works that were rejected before, and are
     reasons: Counter[str] = field(default_factory=Counter)  # of the rejected and the unchanged
     examples: dict[str, str] = field(default_factory=dict)  # reason -> an error
     hosts: Hosts = field(default_factory=Hosts)
@@ -78,15 +79,22 @@ class Stored:
 
 
 def store_block(
-    dataset: str, works: Sequence[Artwork], settings: Collect, share: Share, hosts: Hosts, tables: Mapping[str, str]
+    dataset: str,
+    works: Sequence[Artwork],
+    settings: Collect,
+    share: Share,
+    hosts: Hosts,
+    tables: Mapping[str, str],
+    told: Set[str] = frozenset(),
+    pauses: Pauses | None = None,
 ) -> Stored:
     """Collect a block and write it below `dataset`; nobody reads it before it is published.
 
-    `tables`: id -> images table, of works that are asked for again.
+    `tables`: id -> images table, of works that are there; `told`: ids of those whose picture is not asked for.
     """
     store = Dataset(dataset)
     before = read_before(store, tables)
-    collected = collect_block(works, settings, share, hosts, before)
+    collected = collect_block(works, settings, share, hosts, before, told, pauses)
     rows, path = [*collected.rows, *_retold(store, collected.retold, before)], ""
     if rows:
         path = store.put_rows("images", [row.row() for row in rows], IMAGES)
@@ -125,14 +133,16 @@ def collect_block(
     share: Share | None = None,
     hosts: Hosts | None = None,
     before: Mapping[str, Before] | None = None,
+    told: Set[str] = frozenset(),
+    pauses: Pauses | None = None,
 ) -> Collected:
     """The works, each with its clean picture or the reason why not, in order; those that the source rejected pass unchanged.
 
-    Of works that are there `before`, only what has changed is a row.
+    Of works that are there `before`, only what has changed is a row; the pictures of those in `told` are not asked for.
     """
     before = before or {}
     rows, fetched = list(works), [Fetched()] * len(works)
-    wanted = [index for index, work in enumerate(works) if work.status != REJECTED]
+    wanted = [index for index, work in enumerate(works) if work.status != REJECTED and work.id not in told]
 
     def finish(place: int, one: Fetched) -> None:
         index = wanted[place]
@@ -146,13 +156,17 @@ def collect_block(
     if settings.source.kind == "folder":
         _read_all(addresses, settings, finish)
     else:
-        downloader = Downloader(settings, share, hosts)
+        downloader = Downloader(settings, share, hosts, pauses)
         known = [_known(before.get(works[index].id), works[index]) for index in wanted]
         asyncio.run(downloader.fetch_all(addresses, finish, known))
         learned = downloader.hosts
     collected = Collected(figures=Figures(hosts=learned))
     for row, one in zip(rows, fetched, strict=True):
-        _sort_in(collected, row, one, before.get(row.id))
+        if row.id in told:
+            _stay(collected.figures, old := before[row.id])
+            _retell(collected, replace(row, image_url=old.image_url), old, old.said)
+        else:
+            _sort_in(collected, row, one, before.get(row.id))
     return collected
 
 
@@ -173,19 +187,34 @@ def _sort_in(collected: Collected, row: Artwork, one: Fetched, old: Before | Non
     elif row.status != OK:
         figures.reasons[row.reason] += 1
         figures.examples.setdefault(row.reason, row.error)
-    kept = old if old and (unchanged or _stays(old, row)) else None
-    figures.ok += (kept or row).status == OK
-    if kept is None:
+    if old is None or not (unchanged or _stays(old, row)):
+        figures.ok += row.status == OK
+        figures.bad_before += row.status != OK and old is not None and old.status != OK
         collected.rows.append(row)
         collected.said[row.id] = one.validators
-    elif kept.told != _told(row):
-        sent = unchanged and one.reason == Reason.OK  # by the address that the source names now
-        collected.retold.append(row if sent else replace(row, image_url=kept.image_url))
-        collected.said[row.id] = one.validators if sent else kept.said
-        if all(kept.told[name] == getattr(row, name) for name in DETAILS):
-            collected.kept.add(row.id)
-    elif unchanged and one.validators and one.validators != kept.said:
+        return
+    _stay(figures, old)
+    sent = unchanged and one.reason == Reason.OK  # by the address that the source names now
+    now = row if sent else replace(row, image_url=old.image_url)
+    retold = _retell(collected, now, old, one.validators if sent else old.said)
+    if not retold and unchanged and one.validators and one.validators != old.said:
         collected.said_again[row.id] = one.validators
+
+
+def _stay(figures: Figures, old: Before) -> None:
+    figures.ok += old.status == OK
+    figures.bad_before += old.status != OK
+
+
+def _retell(collected: Collected, row: Artwork, old: Before, said: Validators) -> bool:
+    """Of a work whose picture stays, keep what is told now if that is something else; returns whether it is."""
+    if old.told == _told(row) and old.image_url == row.image_url:
+        return False
+    collected.retold.append(row)
+    collected.said[row.id] = said
+    if all(old.told[name] == getattr(row, name) for name in DETAILS):
+        collected.kept.add(row.id)
+    return True
 
 
 def _told(row: Artwork) -> dict[str, str]:
@@ -198,7 +227,7 @@ def _stays(old: Before, row: Artwork) -> bool:
         return False
     if old.status == OK:
         return row.reason != Reason.DISALLOWED
-    return (old.reason, old.error, old.told) == (row.reason, row.error, _told(row))
+    return (old.reason, old.error, old.image_url, old.told) == (row.reason, row.error, row.image_url, _told(row))
 
 
 def finished(work: Artwork, fetched: Fetched, settings: Collect) -> Artwork:
@@ -235,7 +264,7 @@ def read_file(address: str, max_bytes: int) -> Fetched:
     return Fetched(data=data)
 
 
-def origins(works: Sequence[Artwork], settings: Collect) -> set[str]:
+def origins(works: Iterable[Artwork], settings: Collect) -> set[str]:
     """The hosts whose robots.txt a block needs."""
     if settings.source.kind == "folder" or not settings.obey_robots:
         return set()

@@ -12,9 +12,9 @@ import io
 import random
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import BinaryIO
@@ -27,6 +27,7 @@ from momalisa.collect.fetched import NOTHING_SAID, Ended, Fetched, TryAgain, Val
 from momalisa.collect.hosts import Hosts
 from momalisa.collect.hygiene import is_html
 from momalisa.collect.pace import Pace, Share
+from momalisa.collect.pauses import Pauses
 from momalisa.collect.robots import ROBOTS_BYTES, RobotsFile, Rules, forbidden_by
 from momalisa.config import Collect
 from momalisa.records import Reason
@@ -69,11 +70,13 @@ class Downloader:
     """Fetches URLs in one event loop.
 
     `share` is this downloader's part of the connections and requests that a host is asked for; `hosts` is what is known
-    about them before, and what this downloader learns is added to its own copy.
+    about them before, and what this downloader learns is added to its own copy. `pauses` are heard by others too.
     """
 
-    def __init__(self, settings: Collect, share: Share | None = None, hosts: Hosts | None = None) -> None:
-        self.settings, self.hosts = settings, (hosts or Hosts()).copy()
+    def __init__(
+        self, settings: Collect, share: Share | None = None, hosts: Hosts | None = None, pauses: Pauses | None = None
+    ) -> None:
+        self.settings, self.hosts, self.pauses = settings, (hosts or Hosts()).copy(), pauses
         share = share or Share(settings.per_host)
         self._paces: dict[str, Pace] = defaultdict(lambda: Pace(share))
         self._rules: dict[str, asyncio.Task[Rules]] = {}
@@ -99,10 +102,28 @@ class Downloader:
             await self._fetch_each(urls, used, known)
 
     async def _fetch_each(self, urls: Sequence[str], then: Then, known: Sequence[Validators] | None) -> None:
-        async with self._session() as session, asyncio.TaskGroup() as group:
+        async with self._session() as session, self._hearing(), asyncio.TaskGroup() as group:
             for index, url in enumerate(urls):
                 wanted = _Wanted(url, self.settings.max_bytes, known[index] if known else NOTHING_SAID, self.settings.obey_robots)
                 group.create_task(self._one(session, index, wanted, then))
+
+    @asynccontextmanager
+    async def _hearing(self) -> AsyncIterator[None]:
+        """Meanwhile this downloader rests wherever a host has asked another one to."""
+        if self.pauses is None:
+            yield
+            return
+        listening = asyncio.create_task(self._listen(self.pauses, await self.pauses.beyond(None)))
+        try:
+            yield
+        finally:
+            listening.cancel()
+
+    async def _listen(self, pauses: Pauses, heard: dict[str, float]) -> None:
+        while True:
+            for host, until in heard.items():
+                self._paces[host].rest(until)
+            heard = await pauses.beyond(heard)
 
     async def save(self, url: str, file: BinaryIO, max_bytes: int, known: Validators = NOTHING_SAID) -> Fetched:
         """Fetch what the settings themselves name into a file: without a look at robots.txt, and never into memory.
@@ -202,7 +223,7 @@ class Downloader:
                     if response.status in REDIRECTS and "Location" in response.headers:
                         answer = response.headers["Location"]
                     else:
-                        answer = await self._read(response, wanted, pace)
+                        answer = await self._read(response, wanted)
             finally:
                 if isinstance(answer, str) or not answer.data:
                     self._memory.release()
@@ -223,7 +244,7 @@ class Downloader:
             self.hosts.robots[origin] = RobotsFile.from_fetched(fetched)
         return Rules(self.hosts.robots[origin], self.settings.user_agent)
 
-    async def _read(self, response: aiohttp.ClientResponse, wanted: _Wanted, pace: Pace) -> Fetched:
+    async def _read(self, response: aiohttp.ClientResponse, wanted: _Wanted) -> Fetched:
         """The body, if it is what was asked for and not too much of it."""
         status, good, length = response.status, response.status == OK, response.content_length or 0
         tag = forbidden_by(response.headers.getall("X-Robots-Tag", ()), self.settings.user_agent)
@@ -242,7 +263,7 @@ class Downloader:
             raise _blocked(host)
         if status in AGAIN:
             wait_s = retry_after_s(response.headers.get("Retry-After", ""))
-            pace.rest(min(wait_s, MAX_WAIT_S))
+            await self._rest(response.url.host or "", min(wait_s, MAX_WAIT_S))
             raise TryAgain(Reason.HTTP_ERROR, f"HTTP {status}", status, wait_s)
         if not good:
             raise Ended(Reason.NOT_FOUND if status in GONE else Reason.HTTP_ERROR, f"HTTP {status}", status)
@@ -250,6 +271,13 @@ class Downloader:
             raise Ended(Reason.TOO_LARGE, f"more bytes than max_bytes={wanted.max_bytes}")
         validators = Validators.from_headers(response.headers)
         return Fetched(body.getvalue()[:limit] if isinstance(body, io.BytesIO) else b"", validators=validators)
+
+    async def _rest(self, host: str, wait_s: float) -> None:
+        """The host wants no request for so long, whoever of us makes it."""
+        until = time.time() + wait_s
+        self._paces[host].rest(until)
+        if self.pauses is not None and wait_s:
+            await self.pauses.add(host, until)
 
 
 async def _copied(response: aiohttp.ClientResponse, body: BinaryIO, limit: int) -> tuple[bytes, int]:

@@ -45,14 +45,21 @@ class Pace:
         self._last_turn = self._resume_at = 0.0
 
     async def turn(self, interval_s: float) -> None:
-        """Wait for this worker's next turn, and for as long as the host asked us to."""
+        """Wait for this worker's next turn, and for as long as the host asked us to, also if it asks meanwhile."""
         async with self._one_by_one:
-            now = time.time()
-            turn = self._share.next_turn(max(now, self._last_turn, self._resume_at), interval_s)
-            if turn - now > 0.0005:
-                await asyncio.sleep(turn - now)
+            turn = self._share.next_turn(max(time.time(), self._last_turn, self._resume_at), interval_s)
+            await _sleep_until(turn)
+            while turn < self._resume_at:
+                turn = self._share.next_turn(self._resume_at, interval_s)
+                await _sleep_until(turn)
             self._last_turn = turn
 
-    def rest(self, seconds: float) -> None:
-        """The host wants no request for so long."""
-        self._resume_at = max(self._resume_at, time.time() + seconds)
+    def rest(self, until: float) -> None:
+        """The host wants no request before this moment (seconds since the epoch)."""
+        self._resume_at = max(self._resume_at, until)
+
+
+async def _sleep_until(moment: float) -> None:
+    wait_s = moment - time.time()
+    if wait_s > 0.0005:
+        await asyncio.sleep(wait_s)

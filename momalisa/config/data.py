@@ -68,7 +68,7 @@ class Collect(Section):
     user_agent: str = Field(default="momalisa/0.1 (art collection research; see README)", pattern="^[A-Za-z_-]+")
     """Name, version and a way to reach you. Its first word is the name that robots.txt may address."""
     refresh: bool = False
-    """Ask again for the pictures of known usable works; what has changed, or is told otherwise now, is replaced. --refresh"""
+    """Ask again for the pictures of known usable works; what has changed is replaced. --refresh"""
     retry_failed: bool = False
     """Ask again for the works that were rejected, and for no others. --retry-failed"""
     max_bad_fraction: Fraction = 0.5

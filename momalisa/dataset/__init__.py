@@ -42,10 +42,12 @@ class Conflict(ValueError):
 
 
 class Place(NamedTuple):
-    """Where a work's row is, and whether it is usable."""
+    """Where a work's row is, whether it is usable, and what it says: as hashes that hold in this process alone."""
 
     table: str
     ok: bool
+    told: int | None = None  # of its TOLD, in order; None: nobody looked
+    address: int | None = None  # of its image_url
 
 
 @dataclass(frozen=True)
@@ -226,8 +228,9 @@ class Dataset:
     def add(self, folder: str, paths: Iterable[str], began: Version, instead_of: Iterable[str] = ()) -> str:
         """Publish new tables of a family, made by a run that `began` at a version; returns the new version's hash.
 
-        Works that another run has added to the family since then: their captions or latents are left to it; two
-        collections of the same works are a Conflict.
+        Works that another run has added to the family since then: their captions or latents are left to it. Works whose
+        picture or words another run has replaced since then are left out: they lack a row again. Two collections of the same
+        works are a Conflict.
         """
         return self.update(lambda latest: self.added(latest, folder, paths, began, instead_of))
 
@@ -237,11 +240,24 @@ class Dataset:
         """What `add` makes of the latest version; nothing is published."""
         ours = set(paths)
         theirs = set(latest.families().get(folder, ())) - set(began.families().get(folder, ())) - ours
-        return latest.with_tables(folder, self._apart(folder, ours, theirs), instead_of)
-
-    def _apart(self, folder: str, ours: set[str], theirs: set[str]) -> set[str]:
-        """Our tables without the works that are in theirs."""
         taken = self.ids(theirs) if theirs else set()
+        if folder != "images":
+            taken |= self._replaced(began, latest)
+        return latest.with_tables(folder, self._apart(folder, ours, taken), instead_of)
+
+    def _replaced(self, began: Version, latest: Version) -> set[str]:
+        """Works of which one version shows another picture, or tells other details, than the one before it did."""
+        from momalisa.records import DETAILS
+
+        gone, new = set(began.images) - set(latest.images), set(latest.images) - set(began.images)
+        if not gone:
+            return set()
+        names = ["id", "sha256", *DETAILS]
+        now = {tuple(row.values()) for row in self.small_rows(new, names)}
+        return {row["id"] for row in self.small_rows(gone, names) if tuple(row.values()) not in now}
+
+    def _apart(self, folder: str, ours: set[str], taken: set[str]) -> set[str]:
+        """Our tables without the works that are taken."""
         if not taken or not (both := taken & self.ids(ours)):
             return ours
         if folder == "images":
@@ -326,6 +342,17 @@ class Dataset:
             good, bad = Place(path, True), Place(path, False)  # one object for all rows of a table
             ids, states = table["id"].to_pylist(), table["status"].to_pylist()
             found.update((id, good if status == OK else bad) for id, status in zip(ids, states, strict=True))
+        return found
+
+    def told_places(self, paths: Iterable[str]) -> dict[str, Place]:
+        """`places`, and what the rows say. A million ids take about 250 MB."""
+        from momalisa.records import OK, TOLD
+
+        found: dict[str, Place] = {}
+        for path, table in self.small_tables(paths, ["id", "status", "image_url", *TOLD]):
+            columns = (table[name].to_pylist() for name in ("id", "status", "image_url", *TOLD))
+            for id, status, address, *told in zip(*columns, strict=True):
+                found[id] = Place(path, status == OK, hash(tuple(told)), hash(address))
         return found
 
     def without_works(self, version: Version, ids: Set[str], kept: Set[str] = frozenset()) -> tuple[Version, dict[str, str]]:

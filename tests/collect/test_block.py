@@ -161,6 +161,42 @@ def test_of_a_picture_that_is_not_at_its_new_address_the_old_address_stays(
     assert validators.read(Dataset(root).store, again.path) == {"a": Validators('"a1"')}
 
 
+def corrected(root: str, works: list[Artwork], table: str) -> Stored:
+    tables = {work.id: table for work in works}
+    return store_block(root, works, SETTINGS, Share(4), Hosts(), tables, frozenset(tables))
+
+
+def test_what_is_only_told_otherwise_asks_nobody(root: str, museum: Museum, base: str) -> None:
+    first = stored(root, listed(base))
+    before, museum.asked = {row["id"]: row for row in Dataset(root).rows([first.path])}, 0
+    facts = {"a": {"credit": "Gift of Ann"}, "b": {"title": "Right"}, "d": {"rights": "CC0"}}
+    works = [replace(work, **facts.get(work.id, {})) for work in listed(base)]
+    again = corrected(root, works, first.path)
+    assert {row["id"]: row for row in Dataset(root).rows([again.path])} == {id: before[id] | facts[id] for id in facts}
+    assert (again.new, again.replaced, again.kept, museum.asked) == (3, {"a", "b", "d"}, {"a", "d"}, 0)
+    assert (again.figures.ok, again.figures.bad_before, again.figures.reasons) == (3, 1, {})
+    assert validators.read(Dataset(root).store, again.path) == {"a": Validators('"a1"'), "b": Validators('"b1"')}
+    assert corrected(root, works[:2], again.path).path == ""
+
+
+def test_the_same_picture_at_another_address_is_asked_for_there_once(root: str, museum: Museum, base: str) -> None:
+    first = stored(root, listed(base))
+    museum.pictures["e"], museum.sent = ('"e1"', museum.pictures["a"][1]), 0
+    moved = [replace(listed(base, "a")[0], image_url=f"{base}/e")]
+    again = stored(root, moved, first.path)
+    assert [(row["image_url"], row["status"]) for row in Dataset(root).rows([again.path])] == [(f"{base}/e", OK)]
+    assert (again.kept, again.figures.reasons, bool(museum.sent)) == ({"a"}, {"not_modified": 1}, True)
+    museum.sent = 0
+    assert (stored(root, moved, again.path).path, museum.sent) == ("", 0)
+
+
+def test_a_rejected_work_that_is_not_at_its_new_address_either_is_a_row_with_that_address(root: str, base: str) -> None:
+    first = stored(root, listed(base, "d"))
+    again = stored(root, [replace(listed(base, "d")[0], image_url=f"{base}/dd")], first.path)
+    assert [(row["image_url"], row["reason"]) for row in Dataset(root).rows([again.path])] == [(f"{base}/dd", "not_found")]
+    assert (again.replaced, again.figures.bad_before) == ({"d"}, 1)
+
+
 def test_a_correction_of_a_rejected_work_is_a_row(root: str, base: str) -> None:
     first = stored(root, listed(base, "d"))
     again = stored(root, [replace(listed(base, "d")[0], title="Right")], first.path)

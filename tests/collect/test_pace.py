@@ -45,7 +45,7 @@ def test_the_turns_of_all_workers_are_an_interval_apart(of: int, interval_s: flo
 def test_a_worker_waits_for_each_turn_and_for_as_long_as_the_host_asked() -> None:
     async def three(rest_s: float) -> list[float]:
         pace, times = Pace(Share(3)), []
-        pace.rest(rest_s)
+        pace.rest(time.time() + rest_s)
 
         async def one() -> None:
             await pace.turn(0.05)
@@ -59,6 +59,18 @@ def test_a_worker_waits_for_each_turn_and_for_as_long_as_the_host_asked() -> Non
     assert first - began >= 0.2
     assert second - first >= 0.03
     assert third - first >= 0.08
+
+
+def test_a_host_that_asks_for_a_rest_while_a_turn_is_waited_for_gets_it() -> None:
+    async def one() -> float:
+        pace = Pace(Share(1))
+        waiting = asyncio.create_task(pace.turn(0.2))
+        await asyncio.sleep(0.01)
+        pace.rest(until := time.time() + 0.5)
+        await waiting
+        return time.time() - until
+
+    assert asyncio.run(one()) >= -0.01
 
 
 def test_a_turn_is_used_once_even_if_the_clock_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:

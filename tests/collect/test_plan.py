@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from momalisa.collect.plan import Plan
 from momalisa.config import Collect
 from momalisa.dataset import Place
-from momalisa.records import Artwork
+from momalisa.records import REJECTED, TOLD, Artwork
 
 KNOWN = {"good": Place("t", True), "bad": Place("t", False)}
 LISTED = ["good", "new", "bad", "newer"]
@@ -24,6 +27,35 @@ def test_which_works_are_asked_for(options: dict[str, bool], asked: list[str], c
     plan = Plan(KNOWN, Collect.model_validate(options))
     assert [work.id for block in plan.blocks(Artwork(id) for id in LISTED) for work in block] == asked
     assert (plan.listed, plan.passed_by, plan.passed_by_ok) == counts
+
+
+def place(ok: bool, work: Artwork) -> Place:
+    return Place("t", ok, hash(tuple(getattr(work, name) for name in TOLD)), hash(work.image_url))
+
+
+@pytest.mark.parametrize(
+    ("options", "dealt", "asked"),
+    [
+        ({}, ["retold", "moved", "bad", "new"], ["moved", "bad", "new"]),
+        ({"refresh": True}, ["same", "retold", "moved", "gone", "bad", "new"], ["same", "retold", "moved", "gone", "bad", "new"]),
+        ({"retry_failed": True}, ["bad"], ["bad"]),
+        ({"source": {"kind": "folder", "location": "elsewhere"}}, ["retold", "new"], ["new"]),
+    ],
+)
+def test_what_the_source_tells_otherwise_is_dealt_and_asked_for_only_where_it_has_moved(
+    options: dict[str, Any], dealt: list[str], asked: list[str]
+) -> None:
+    before = [Artwork(id, "", title="Sea", image_url=id) for id in ("same", "retold", "moved", "gone", "bad")]
+    known = {work.id: place(work.id != "bad", work) for work in before}
+    now = {work.id: work for work in before} | {"new": Artwork("new", "")}
+    now["retold"] = replace(now["retold"], credit="Gift of Ann")
+    now["gone"] = replace(now["gone"], status=REJECTED, image_url="")  # it has no picture any more: the one that is there stays
+    now |= {id: replace(now[id], image_url="elsewhere") for id in ("moved", "bad")}
+    plan = Plan(known, Collect.model_validate(options))
+    found = [work for block in plan.blocks(now.values()) for work in block]
+    assert [work.id for work in found] == dealt
+    assert [work.id for work in found if plan.asks(work)] == asked
+    assert plan.listed == len(found) + plan.passed_by
 
 
 def test_what_counts_is_what_is_asked_for_now_or_was_by_the_run_that_was_interrupted() -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,21 @@ def test_captions_of_a_work_that_another_run_described_are_left_to_it(dataset: D
     dataset.add("captions/c", [ours, twice], began)
     rows = list(dataset.rows(dataset.latest().captions["c"]))
     assert sorted((row["id"], row["short"]) for row in rows) == [("a", "theirs"), ("b", "theirs"), ("d", "ours")]
+
+
+@pytest.mark.parametrize("family", ["captions/c", "latents/c"])
+def test_what_was_made_of_a_picture_or_words_that_are_replaced_meanwhile_is_left_out(dataset: Dataset, family: str) -> None:
+    old = [work(0), work(1), work(2), work(3)]
+    began = add(dataset, old)
+    new = [work(0), replace(work(1), sha256="new"), replace(work(2), title="Right"), replace(work(3), credit="Gift of Ann")]
+    changed, _ = dataset.without_works(began, {"w1", "w2", "w3"})
+    dataset.publish(changed.with_images([dataset.put_rows("images", [one.row() for one in new[1:]], IMAGES)]))
+    ours = dataset.put_rows(family, [caption(one.id) for one in old], CAPTIONS)
+    dataset.add(family, [ours], began)
+    assert dataset.ids(dataset.latest().families()[family]) == {"w0", "w3"}
+    again = dataset.latest()
+    dataset.add(family, [dataset.put_rows(family, [caption("w1"), caption("w2")], CAPTIONS)], again)
+    assert dataset.ids(dataset.latest().families()[family]) == {"w0", "w1", "w2", "w3"}
 
 
 def _hold(path: str, ready: multiprocessing.synchronize.Event) -> None:

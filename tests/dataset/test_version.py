@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from momalisa.dataset import FORMAT, Dataset, Version
-from momalisa.records import CAPTIONS, OK, REJECTED
+from momalisa.dataset import FORMAT, Dataset, Place, Version
+from momalisa.records import CAPTIONS, IMAGES, OK, REJECTED, TOLD, Artwork
 
 VERSION = Version(
     images=("images/b", "images/a"), captions={"blip": ("captions/c2", "captions/c1")}, latents={"vae": ("latents/l",)}
@@ -167,5 +167,16 @@ def test_a_copy_is_the_table_that_its_rows_would_have_made(dataset: Dataset) -> 
 def test_where_works_are_and_whether_they_are_usable(dataset: Dataset) -> None:
     one = dataset.put_rows("images", [row("a"), row("b", REJECTED)], CAPTIONS)
     two = dataset.put_rows("images", [row("c")], CAPTIONS)
-    assert dataset.places([one, two]) == {"a": (one, True), "b": (one, False), "c": (two, True)}
+    assert dataset.places([one, two]) == {"a": Place(one, True), "b": Place(one, False), "c": Place(two, True)}
     assert dataset.places([]) == {}
+
+
+def test_what_rows_tell_is_known_with_their_places(dataset: Dataset) -> None:
+    sea = Artwork("a", title="Sea", image_url="x")
+    works = [sea, Artwork("b", REJECTED, title="Sea"), Artwork("c", title="Sky", image_url="x")]
+    path = dataset.put_rows("images", [work.row() for work in works], IMAGES)
+    places = dataset.told_places([path])
+    assert {id: Place(*place[:2]) for id, place in places.items()} == dataset.places([path])
+    assert places["a"].told == places["b"].told != places["c"].told
+    assert places["a"].address == places["c"].address != places["b"].address
+    assert places["a"].told == hash(tuple(getattr(sea, name) for name in TOLD))

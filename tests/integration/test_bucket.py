@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -101,6 +102,25 @@ def test_from_bucket_to_bucket_without_a_local_copy(museum: str, tmp_path: Path)
     assert not [path for path in scratch.rglob("*") if path.suffix in {".png", ".jpg", ".parquet"}]
     again = job("collect", museum, scratch)
     assert "nothing new" in again.stdout
+
+
+@pytest.mark.slow
+def test_of_two_runs_that_write_at_once_one_wins_and_the_other_says_so(museum: str, faulty: Faulty, tmp_path: Path) -> None:
+    """They cut the works into other blocks, so their tables differ; each finds the dataset empty when it publishes."""
+    faulty.mode = "race"
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(job, "collect", museum, tmp_path, f"--collect.block_size={size}") for size in (4, 6)]
+        won, lost = sorted((run.result() for run in runs), key=lambda done: done.returncode)
+    faulty.mode = ""
+    assert (won.returncode, lost.returncode) == (0, 1), won.stderr[-2000:] + lost.stderr[-2000:]
+    assert faulty.too_late, "the precondition decided nothing"
+    said = lost.stderr.strip().splitlines()[-1]
+    assert said.startswith(f"collect: {museum}/out/dataset: another run has collected {WORKS + 1} of these works in the meantime")
+    assert said.endswith("nothing was published. Run again: what is there is passed by")
+    version = check(museum)
+    again = job("collect", museum, tmp_path, *lost.args[-1:])
+    assert (again.returncode, again.stdout.splitlines()[-1].split(",")[1]) == (0, " 0 new"), again.stdout + again.stderr[-2000:]
+    assert (check(museum), len(Dataset(f"{museum}/out/dataset").log())) == (version, 1)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,12 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> tuple[config.Settings, dict[str, Any]]:
-    """Settings and summary of one small run."""
+def finished(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Iterator[tuple[config.Settings, dict[str, Any]]]:
+    """Settings and summary of one small run, while its museum is open."""
     root = tmp_path_factory.mktemp("pipeline")
     with serve_in_thread() as address:
         settings = config.from_file(CONFIG, [f"--root={root}", f"--collect.source.location={address}/collection.csv", *SMALL])
-        return settings, pipeline.run(settings)
+        yield settings, pipeline.run(settings)
 
 
 def test_every_stage_hands_its_rows_on(finished: tuple[config.Settings, dict[str, Any]]) -> None:
@@ -130,12 +131,9 @@ def test_a_second_run_does_nothing_new_and_says_so(
     settings, _ = finished
     store = Store(settings.root)
     before = {path: store.read_bytes(path) for path in store.list("") if not path.startswith(("wandb/", "ray_train/"))}
-    with serve_in_thread() as address:
-        source = settings.collect.source.model_copy(update={"location": f"{address}/collection.csv"})
-        again = settings.model_copy(update={"collect": settings.collect.model_copy(update={"source": source})})
-        collect.run(again)
-        train.run(settings)
-        promote.run(settings)
+    collect.run(settings)
+    train.run(settings)
+    promote.run(settings)
     said = capsys.readouterr().out
     assert said.count("nothing new") == 3
     assert {path: store.read_bytes(path) for path in before} == before

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import resource
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,8 +27,10 @@ from momalisa.config import Collect, Settings, Source
 from momalisa.dataset import Dataset
 from momalisa.miniature import wing
 from momalisa.records import CAPTIONS, OK
+from momalisa.storage import Store
 from ray_jobs import collect
 from ray_jobs._job import job
+from tests.faulty import Faulty
 
 HOME = Path(__file__).parents[2]
 integration = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
@@ -66,8 +71,8 @@ class TestOnRay:
         settings = settings_for(tmp_path / "root", f"{base}/collection.csv", "moma", block_size=40)
         summary = collect.run(settings)
         assert summary | {"seconds": 0, "rows_per_s": 0} == {
-            "stage": "collect", "rows_in": 124, "rows_out": 112, "rejected": 12, "duplicates": 0, "new": 124, "skipped": 0,
-            "not_on_view": 12, "seconds": 0, "rows_per_s": 0,
+            "stage": "collect", "rows_in": 124, "rows_out": 112, "rejected": 12, "duplicates": 0, "new": 124, "replaced": 0,
+            "skipped": 0, "not_on_view": 12, "seconds": 0, "rows_per_s": 0,
             "reasons": {"no_picture": 6, "not_a_picture": 5, "not_found": 1},
         }  # fmt: skip
         printed = capsys.readouterr().out.splitlines()
@@ -280,6 +285,115 @@ class TestOnRay:
             assert collect.run(refresh)["new"] == 0
             assert busy.sent_again == 0
 
+    def test_a_plain_run_takes_corrections_and_asks_no_host(self, tmp_path: Path) -> None:
+        busy = Busy()
+        busy.missing = {"1.png"}
+        with wing.serve_in_thread(busy.app) as address:
+            path = listing(tmp_path, address, 8)
+            settings = settings_for(tmp_path / "root", path, "moma")
+            collect.run(settings)
+            dataset = Dataset(settings.dataset)
+            rest = {"long": "", "fused": "", "status": OK, "error": ""}
+            texts = [{"id": f"moma-{number}", "short": "a", **rest} for number in range(8)]
+            dataset.publish(dataset.latest().with_captions("blip", [dataset.put_rows("captions/blip", texts, CAPTIONS)]))
+            version, files = dataset.latest(), dataset.store.files("")
+            busy.asked.clear()
+            assert collect.run(settings)["new"] == 0
+            assert (dataset.latest(), dataset.store.files("")) == (version, files)
+            before = {row["id"]: row for row in dataset.rows(version.images)}
+            path.write_text(path.read_text().replace("\n1,a,", "\n1,Gone,").replace("\n3,a,", "\n3,Right,"))
+            path.write_text(path.read_text().replace(",ImageURL", ",CreditLine,Weight (kg),ImageURL").replace(",b,", ",b,,7,"))
+            path.write_text(path.read_text().replace("\n5,a,b,,", "\n5,a,b,Gift of Ann,"))
+            summary = collect.run(settings)
+            counts = {"rows_in": 8, "rows_out": 7, "rejected": 1, "new": 3, "replaced": 3, "skipped": 5, "reasons": {}}
+            assert {name: summary[name] for name in counts} == counts
+            assert collect.said(summary).startswith("7 works, 3 new (3 in place of older rows), 1 rejected, ")
+            before["moma-1"]["title"], before["moma-3"]["title"], before["moma-5"]["credit"] = "Gone", "Right", "Gift of Ann"
+            after = dataset.latest()
+            assert {row["id"]: row for row in dataset.rows(after.images)} == before
+            assert dataset.ids(after.captions["blip"]) == before.keys() - {"moma-1", "moma-3"}
+            assert collect.run(settings)["new"] == 0
+            assert dataset.latest() == after
+            assert not busy.asked
+            refresh = settings_for(tmp_path / "root", path, "moma", refresh=True)
+            assert collect.run(refresh)["reasons"] == {"not_modified": 7}
+            assert busy.sent_again == 0
+
+    def test_a_picture_with_another_address_is_fetched_from_there_and_no_other_one_is(self, tmp_path: Path) -> None:
+        busy = Busy()
+        busy.missing, busy.versions["new.png"] = {"1.png"}, 1
+        with wing.serve_in_thread(busy.app) as address:
+            path = listing(tmp_path, address, 8)
+            settings = settings_for(tmp_path / "root", path, "moma")
+            collect.run(settings)
+            dataset = Dataset(settings.dataset)
+            before = {row["id"]: row for row in dataset.rows(dataset.latest().images)}
+            for old, new in (("/1.png", "/found.png"), ("/3.png", "/new.png"), ("/5.png", "/moved.png")):
+                path.write_text(path.read_text().replace(old, new))
+            busy.asked.clear()
+            summary = collect.run(settings)
+            assert busy.asked == {"robots.txt": 1, "found.png": 1, "new.png": 1, "moved.png": 1}
+            assert (summary["rows_in"], summary["rows_out"], summary["new"], summary["skipped"]) == (8, 8, 3, 5)
+            after = {row["id"]: row for row in dataset.rows(dataset.latest().images)}
+            assert after["moma-1"]["status"] == OK
+            assert after["moma-3"]["sha256"] != before["moma-3"]["sha256"]
+            assert after["moma-5"] == before["moma-5"] | {"image_url": f"{address}/moved.png"}
+            assert collect.run(settings)["new"] == 0
+            assert busy.asked.total() == 4
+
+    def test_captions_that_are_published_meanwhile_stay_but_for_corrected_works(
+        self, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        settings = settings_for(tmp_path / "root", folder)
+        collect.run(settings)
+        dataset, judge = Dataset(settings.dataset), collect.Tally.judge
+        ids = sorted(dataset.ids(dataset.latest().images))
+        (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "title": "Red"}\n')
+
+        def published_meanwhile(*arguments: Any) -> None:
+            rest = {"short": "a", "long": "", "fused": "", "status": OK, "error": ""}
+            table = dataset.put_rows("captions/blip", [{"id": id, **rest} for id in ids], CAPTIONS)
+            dataset.add("captions/blip", [table], dataset.latest())
+            judge(*arguments)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(collect.Tally, "judge", published_meanwhile)
+            assert collect.run(settings)["new"] == 1
+        version = dataset.latest()
+        red = next(row["id"] for row in dataset.rows(version.images) if row["title"] == "Red")
+        assert dataset.ids(version.captions["blip"]) == set(ids) - {red}
+
+    def test_two_runs_that_correct_at_once_are_a_conflict_and_the_loser_runs_again(
+        self, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        settings = settings_for(tmp_path / "root", folder)
+        collect.run(settings)
+        (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "title": "Red"}\n')
+        judge = collect.Tally.judge
+
+        def overtaken(*arguments: Any) -> None:
+            monkeypatch.setattr(collect.Tally, "judge", judge)
+            collect.run(settings_for(tmp_path / "root", folder, block_size=2))
+            judge(*arguments)
+
+        monkeypatch.setattr(collect.Tally, "judge", overtaken)
+        with pytest.raises(ValueError, match=r"another run has replaced works in the meantime; nothing was published. Run again"):
+            collect.run(settings)
+        version = Dataset(settings.dataset).latest()
+        assert collect.run(settings)["new"] == 0
+        assert Dataset(settings.dataset).latest() == version
+
+    def test_a_host_that_asks_one_task_to_wait_is_left_alone_by_all(self, tmp_path: Path) -> None:
+        strained = Strained(10)
+        with wing.serve_in_thread(strained.app) as address:
+            path, manners = listing(tmp_path, address, 20), {"obey_robots": False, "attempts": 3, "timeout_s": 100.0}
+            limits = {"block_size": 10, "tasks": 2, "per_host": 4, "requests_per_second": 10}
+            summary = collect.run(settings_for(tmp_path / "root", path, "moma", **manners, **limits))
+        assert summary["rows_out"] == 20
+        late = [at - strained.paused_at for at, _ in strained.asked]
+        assert not [at for at in late if 1 < at < strained.PAUSE_S]
+        assert {block for at, block in strained.asked if at > strained.paused_at + strained.PAUSE_S} == {0, 1}
+
     def test_only_rejected_works_are_asked_for_again(self, tmp_path: Path) -> None:
         busy = Busy()
         busy.missing = {"1.png", "5.png"}
@@ -338,6 +452,29 @@ class Busy:
         return web.Response(body=self.pictures[self.versions[name]], headers={"ETag": tag})
 
 
+class Strained:
+    """A museum that lets nobody in before works of two blocks are asked for, and then asks the first visitor to come again."""
+
+    PAUSE_S = 3
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size, self.paused_at, self.open = block_size, 0.0, asyncio.Event()
+        self.asked: list[tuple[float, int]] = []  # when, and a work of which block
+        self.picture = next(wing.media(work.file_name) for work in wing.works() if work.keeper == "png")
+        self.app = web.Application()
+        self.app.router.add_get("/{number}.png", self.answer)
+
+    async def answer(self, request: web.Request) -> web.Response:
+        self.asked.append((time.time(), int(request.match_info["number"]) // self.block_size))
+        if len({block for _, block in self.asked}) == 2:
+            self.open.set()
+        await self.open.wait()
+        if not self.paused_at:
+            self.paused_at = time.time()
+            return web.Response(status=429, headers={"Retry-After": str(self.PAUSE_S)})
+        return web.Response(body=self.picture)
+
+
 def test_a_source_without_works_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "collection.csv"
     path.write_text("ObjectID,Title,Artist,ImageURL,OnView\n1,a,b,c,\n")
@@ -362,6 +499,78 @@ def test_an_unreadable_collection_ends_with_a_message_and_not_a_traceback(tmp_pa
     assert done.returncode == 1
     assert "none.csv cannot be read: no such file" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def ended(patched: pytest.MonkeyPatch, *options: str) -> str:
+    """What the job says as a program that cannot go on."""
+    patched.setattr(sys, "argv", ["collect", "--config", str(HOME / "configs" / "demo.yaml"), *options])
+    with pytest.raises(SystemExit) as raised:
+        collect.main()
+    return str(raised.value.code)
+
+
+def test_a_file_in_another_schema_ends_the_job_with_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "odd.csv").write_text("Titel,Artist\na,b\n")
+    said = ended(monkeypatch, f"--root={tmp_path}/root", f"--collect.source.location={tmp_path}/odd.csv")
+    assert re.match(r"collect: .*odd.csv lacks the columns ObjectID, Title, .* \(found: Titel, Artist\); give a CSV file", said)
+    assert not (tmp_path / "root").exists()
+
+
+@pytest.mark.parametrize(
+    ("mode", "root", "said"),
+    [
+        ("nobody", "gs://moma/out", "GOOGLE_APPLICATION_CREDENTIALS is not set.* Set GOOGLE_APPLICATION_CREDENTIALS to"),
+        ("forbidden", "gs://moma/out", "this account may not do that: .*Grant it roles/storage.objectUser on the bucket"),
+        ("nobody", "", "set GOOGLE_APPLICATION_CREDENTIALS to the path .* that account roles/storage.objectViewer on gs://moma"),
+        ("forbidden", "", "grant the account .*GOOGLE_APPLICATION_CREDENTIALS.* roles/storage.objectViewer on gs://moma"),
+    ],
+)
+def test_a_bucket_that_may_not_be_used_ends_the_job_with_the_variable_and_the_role(
+    faulty: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, root: str, said: str
+) -> None:
+    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
+    faulty.mode = mode
+    source = ("--collect.source.kind=folder", "--collect.source.location=gs://moma/art")
+    assert re.match(f"collect: .*{said}", ended(monkeypatch, f"--root={root or tmp_path / 'root'}", *source))
+    assert not (tmp_path / "root").exists()
+
+
+def test_a_bucket_that_cannot_be_reached_ends_the_job_and_nothing_is_published(
+    faulty: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gcsfs.retry
+
+    async def at_once(_: float) -> None: ...
+
+    monkeypatch.setattr(gcsfs.retry, "asyncio", SimpleNamespace(sleep=at_once))
+    monkeypatch.setattr(Store, "patience_s", 0.5)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{free.getsockname()[1]}")
+    said = ended(monkeypatch, "--root=gs://moma/out", "--collect.source.kind=folder", f"--collect.source.location={tmp_path}")
+    assert re.match(r"collect: gs://moma/out.* could not be reached for 0 s: .*Nothing was published; run again", said)
+
+
+@pytest.mark.slow
+def test_a_collection_file_of_200_mb_is_no_load_for_the_job(tmp_path: Path) -> None:
+    """Of works that are not on view nothing is held."""
+    small, large, row = tmp_path / "small.csv", tmp_path / "large.csv", f"a,b,u,,{'x' * 480}\n"
+    peaks_mib = []
+    for path, count in ((small, 10), (large, 400_000)):
+        with open(path, "w") as file:
+            file.write("ObjectID,Title,Artist,ImageURL,OnView,Notes\n")
+            file.writelines(f"{number},{row}" for number in range(count))
+        where = [f"--root={tmp_path}/root", f"--collect.source.location={path}"]
+        command = [sys.executable, "-m", "ray_jobs.collect", "--config", "configs/demo.yaml", *where]
+        with open(tmp_path / "log", "wb") as log:
+            process = subprocess.Popen(command, cwd=HOME, stdout=log, stderr=log)
+            _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 1
+        assert f"lists no work to collect ({count} are not on view)" in (tmp_path / "log").read_text()
+        peaks_mib.append(used.ru_maxrss / 1024)
+    assert large.stat().st_size > 195_000_000
+    assert peaks_mib[1] - peaks_mib[0] < 20
 
 
 def test_the_wing_lists_what_the_source_reads(base: str, tmp_path: Path) -> None:
