@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from momalisa.checkpoint import NoCheckpoint
 from momalisa.config import Settings
 from momalisa.engine import Engine, Request
 from momalisa.storage import Store
-from serve.app import ServeArgs, build, load_settings
+from serve.app import ServeArgs, application, build, load_settings
 from serve.replica import Generator, device
 from serve.task import Completed, GenerationTask
 from tests.checkpoint.test_text_adapters import published
@@ -62,6 +65,29 @@ def test_a_replica_has_the_gpu_that_ray_gave_it_and_no_other(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert device() == "cpu"
     assert "set num_gpus in its ray_actor_options" in caplog.text
+
+
+@pytest.mark.parametrize("gpus", [0.0, 0.5, 1.0])
+def test_a_replica_asks_for_the_gpus_it_is_said_to(settings: Settings, gpus: float) -> None:
+    (generator, _) = application(settings, gpus)._bound_deployment.init_args
+    assert generator._bound_deployment.ray_actor_options["num_gpus"] == gpus
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_ray_shows_gpus_to_all_and_gives_them_to_those_that_ask() -> None:
+    """Ray believes in one GPU."""
+    driver = """
+import logging, ray
+from serve.replica import device
+ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
+         object_store_memory=200 * 2**20)
+print(device(), *ray.get([ray.remote(num_cpus=0.5, num_gpus=gpus)(device).remote() for gpus in (1, 0, 0.5)]))
+ray.shutdown()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    done = subprocess.run([sys.executable, "-c", driver], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-4:] == ["cpu", "cuda", "cpu", "cuda"]
 
 
 async def test_without_a_compiler_pictures_come_and_the_state_says_so(

@@ -53,9 +53,13 @@ def test_a_second_checkpoint_needs_what_the_first_one_took(gpu: Gpu) -> None:
 
 def test_one_that_could_not_be_loaded_says_nothing_about_the_next(gpu: Gpu) -> None:
     room = Room("cuda")
-    with pytest.raises(OSError, match="no file"), room.for_checkpoint():
+
+    def fail() -> None:
         gpu.free = GIB
         raise OSError("no file")
+
+    with pytest.raises(OSError, match="no file"), room.for_checkpoint():
+        fail()
     take(room, gpu, GIB // 2)
     take(room, gpu, GIB // 2)
 
@@ -93,6 +97,7 @@ def test_where_others_have_the_gpus_memory_nothing_is_loaded(settings: Settings,
     with room.for_checkpoint():
         first = load()
     assert room._needed > 0
+    tidy()
     free = torch.cuda.mem_get_info()[0]
     hoard = torch.empty(free - room._needed // 2, dtype=torch.uint8, device="cuda")
     with pytest.raises(ValueError, match="no GPU memory for a second checkpoint"), room.for_checkpoint():
