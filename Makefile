@@ -67,8 +67,8 @@ gke-down: ## delete all that `make gke` made but the bucket
 	bash deploy/gke.sh down
 
 lock: $(VENV)/.ready ## the image's libraries by hash (needs uv; LINKS names a folder with the CPU build of torch)
-	uv pip compile pyproject.toml -c constraints.txt --generate-hashes --python-version 3.11 --no-header --no-annotate \
-	  -q -o deploy/requirements-gpu.lock
+	uv pip compile pyproject.toml --extra adam8bit -c constraints.txt --generate-hashes --python-version 3.11 --no-header \
+	  --no-annotate -q -o deploy/requirements-gpu.lock
 	uv pip compile pyproject.toml -c constraints.txt --generate-hashes --python-version 3.11 --no-header --no-annotate \
 	  $(if $(LINKS),--find-links $(LINKS)) -q -o deploy/requirements-cpu.lock
 

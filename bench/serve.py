@@ -2,11 +2,14 @@
 
     python bench/serve.py                     everything: peaks, Poisson arrivals at several rates, bursts
     python bench/serve.py --seconds 60 --set serve.compile=true --record
+    python bench/serve.py --model sd14 --size 512 --device cuda --set serve.compile=true
+                                              over HTTP on a GPU: Ray gives it to one system after the other
     python bench/serve.py --in-process        the engine alone beside pipeline calls: no Ray, no HTTP
     python bench/serve.py --in-process --threads 1
                                               CPU seconds a picture: for a machine that others use too
     python bench/serve.py --in-process --model sd14 --size 512 --device cuda --compile --pictures 128
-                                              on a GPU, Stable Diffusion 1.4's size with random weights
+                                              on a GPU, Stable Diffusion 1.4's size with random weights; with --max-rows 8 there
+                                              are 4 shapes to compile instead of 8
 
 Peers: `one` is a pipeline call for each request in a Serve deployment, as in Ray's own example; `batch` is the same
 behind `@serve.batch`, where requests that arrive together and have steps, scale and mode in common share a call; both do all
@@ -23,6 +26,7 @@ import asyncio
 import base64
 import io
 import json
+import logging
 import math
 import os
 import random
@@ -82,6 +86,7 @@ class Pipelines:
         import torch
 
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        torch.backends.cudnn.allow_tf32 = dtype != "float32"  # as our engine
         self.size = size
         text: Any = diffusers.StableDiffusionPipeline.from_pretrained(model, safety_checker=None, dtype=getattr(torch, dtype)).to(
             device
@@ -135,7 +140,7 @@ def peer(system: str, options: argparse.Namespace) -> Any:
     from starlette.requests import Request
     from starlette.responses import Response
 
-    arguments = (str(options.folder), options.size, options.dtype, "cpu")
+    arguments = (str(options.folder), options.size, options.dtype, options.device)
 
     class One:
         def __init__(self) -> None:
@@ -156,7 +161,13 @@ def peer(system: str, options: argparse.Namespace) -> Any:
             return Response(await self.paint(await request.json()), media_type="image/png")
 
     kind, at_once = (One, 1) if system == "one" else (Batched, 4 * BURST)
-    return serve.deployment(max_ongoing_requests=at_once, ray_actor_options={"num_cpus": 1})(kind).bind()
+    resources = {"num_cpus": 1, "num_gpus": gpus(options)}
+    return serve.deployment(max_ongoing_requests=at_once, ray_actor_options=resources)(kind).bind()
+
+
+def gpus(options: argparse.Namespace) -> int:
+    """Those of a replica: the same for every system, one at a time."""
+    return int(options.device == "cuda")
 
 
 def ours(root: Path, options: argparse.Namespace) -> Any:
@@ -164,21 +175,22 @@ def ours(root: Path, options: argparse.Namespace) -> Any:
     from momalisa import checkpoint
     from momalisa.config import Diffusion
     from momalisa.storage import Store
-    from serve.app import ServeArgs, build
+    from serve.app import ServeArgs, application, load_settings
 
     diffusion, store = Diffusion(model=str(options.folder)), Store(str(root / "store"))
     checkpoint.save_weights(checkpoint.load_base_unet(diffusion), root / "weights", lora=False)
     entry = checkpoint.Checkpoint("checkpoints/bench/1", "bench", 1, diffusion.model_dump(), files={})
     checkpoint.write(store, entry, root / "weights")
     store.write_json(checkpoint.BEST, {"checkpoint": entry.path})
-    precision = {"bfloat16": "bf16", "float32": "fp32"}[options.dtype]
+    precision = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[options.dtype]
     chosen = [
         f"--root={store.root}",
         f"--serve.size_px={options.size}",
         f"--serve.precision={precision}",
         *(f"--{each}" for each in options.set),
     ]
-    return build(ServeArgs(config=str(HERE.parents[1] / "configs" / "demo.yaml"), overrides=chosen))
+    settings = load_settings(ServeArgs(config=str(HERE.parents[1] / "configs" / "demo.yaml"), overrides=chosen))
+    return application(settings, gpus(options))
 
 
 # The load.
@@ -345,7 +357,9 @@ def in_process(options: argparse.Namespace) -> dict[str, Any]:
     engine = Engine.load(diffusion, device=options.device, dtype=dtype, max_rows=options.max_rows)
     if options.compile:
         began = time.perf_counter()
-        engine.compile([options.size], options.cache_dir)
+        logging.basicConfig(level=logging.INFO, format="%(message)s")  # every shape, as it is compiled
+        if not engine.compile([options.size], options.cache_dir):
+            raise SystemExit("the compiler failed, so there is nothing to measure; without --compile plain PyTorch is")
         log(compiled_s=round(time.perf_counter() - began, 1), rows=options.max_rows)
     pipelines = Pipelines(str(options.folder), options.size, options.dtype, options.device)
     asked = requests_of(options.pictures, argparse.Namespace(size=options.size, plain=True))
@@ -374,8 +388,16 @@ def in_process(options: argparse.Namespace) -> dict[str, Any]:
             best[name], cpu_s[name] = max(best[name], rate), min(cpu_s[name], spent)
             log(round=turn + 1, side=name, rate=round(rate, 2), cpu_s=round(spent, 4))
     alone = sorted(timed(lambda: engine.generate(requests[:1])) for _ in range(7))[3]
-    engine.submit(Request(size_px=options.size, previews=3, **asked[0]))
-    preview = timed(lambda: next(event for _ in iter(int, 1) for event in engine.tick() if isinstance(event, Preview)))
+
+    def first_preview(previews: int) -> float:
+        """Of so many, on an idle engine."""
+        number = engine.submit(Request(size_px=options.size, previews=previews, **asked[0]))
+        seconds = timed(lambda: next(event for _ in iter(int, 1) for event in engine.tick() if isinstance(event, Preview)))
+        engine.cancel(number)
+        return seconds
+
+    first_preview(3)  # fits the projection, once in an engine's life
+    previews = {count: sorted(first_preview(count) for _ in range(7))[3] for count in (19, 3)}
     return {
         "claim": f"pictures/s in one process, {options.size}x{options.size}, 20 guided steps, {options.dtype}, "
         f"{options.max_rows} rows{', compiled' if options.compile else ''}, against a pipeline call a picture",
@@ -387,7 +409,8 @@ def in_process(options: argparse.Namespace) -> dict[str, Any]:
         "reproducible": round(best["reproducible"], 2),
         "CPU seconds a picture": {name: round(seconds, 4) for name, seconds in cpu_s.items()},
         "one picture on an idle engine, s": round(alone, 3),
-        "first preview, s": round(preview, 3),
+        "first preview, after 1 of 20 steps, s": round(previews[19], 3),
+        "first preview of the API's 3, after 5 of 20 steps, s": round(previews[3], 3),
     }
 
 
@@ -415,8 +438,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30, help="of each measurement over HTTP")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="of ours: serve.max_rows=32")
     parser.add_argument("--in-process", action="store_true")
-    parser.add_argument("--device", default="cpu", help="in process")
-    parser.add_argument("--max-rows", type=int, default=32, help="in process")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of every side")
+    parser.add_argument("--max-rows", type=int, default=32, help="in process; over HTTP it is --set serve.max_rows=N")
     parser.add_argument("--pictures", type=int, default=32, help="in process")
     parser.add_argument("--rounds", type=int, default=2, help="in process: the best counts")
     parser.add_argument("--compile", action="store_true", help="in process")

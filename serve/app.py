@@ -103,11 +103,15 @@ def load_settings(args: ServeArgs) -> config.Settings:
 
 def build(args: ServeArgs) -> ray_serve.Application:
     """Every replica serves what refs/best names. Raises ConfigError or NoCheckpoint."""
+    return application(load_settings(args))
+
+
+def application(settings: config.Settings, gpus: float = 0.0) -> ray_serve.Application:
+    """The same of settings; `gpus` of a replica, where no Serve config file says how many. Raises NoCheckpoint."""
     from momalisa.checkpoint import read_best
     from momalisa.storage import Store
     from serve.replica import Generator
 
-    settings = load_settings(args)
     read_best(Store(settings.root))  # nothing promoted is the deployment's failure, not the replicas'
     limits = settings.serve
     generator = ray_serve.deployment(
@@ -115,10 +119,10 @@ def build(args: ServeArgs) -> ray_serve.Application:
         # The line is the replica's own: Serve hands over more than it can hold, and the replica says when it is full.
         max_ongoing_requests=limits.max_waiting_rows + 2 * limits.max_rows,
         max_queued_requests=limits.max_waiting_rows,
-        ray_actor_options={"num_cpus": 0.5},
+        ray_actor_options={"num_cpus": 0.5, "num_gpus": gpus},
     )(Generator)
     http = ray_serve.deployment(
         name="Http", max_ongoing_requests=1000, max_queued_requests=1000, ray_actor_options={"num_cpus": 0.1}
     )(Http)
-    application: ray_serve.Application = http.bind(generator.bind(settings), limits)
-    return application
+    bound: ray_serve.Application = http.bind(generator.bind(settings), limits)
+    return bound

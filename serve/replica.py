@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import ray
 import torch
 
 from momalisa import checkpoint, votes
@@ -21,6 +22,7 @@ from serve import checks, rehearsal
 from serve.loaded_checkpoint import LoadedCheckpoint
 from serve.lookup import Lookup
 from serve.meters import Meters
+from serve.room import Room
 from serve.scheduler import Scheduler
 from serve.task import Ballot, Event, GenerationTask, State, Unavailable
 from serve.watch import Watch
@@ -28,6 +30,15 @@ from serve.watch import Watch
 logger = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def device() -> str:
+    """`cuda` where Ray gave this process a GPU. Ray hides none from those that asked for none: what they see is another's."""
+    if ray.is_initialized() and ray.get_gpu_ids():
+        return "cuda"
+    if torch.cuda.is_available():
+        logger.warning("there is a GPU here, and Ray gave this replica none: set num_gpus in its ray_actor_options")
+    return "cpu"
 
 
 class Generator:
@@ -39,13 +50,14 @@ class Generator:
         Raises NoCheckpoint, or ValueError for a file that was changed.
         """
         self._settings, self._store = settings, Store(settings.root)
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = device()
+        self._room = Room(self._device)
         if self._device == "cpu":
             torch.set_num_threads(settings.serve.threads or os.cpu_count() or 1)  # Ray says 1
         path = path or checkpoint.read_best(self._store).path
         self.meters, self._lookup = Meters(), Lookup(settings.root)
         self._name = uuid.uuid4().hex[:8]
-        self._challenger_problem = self._told = ""
+        self._challenger_problem = self._not_compiled = self._told = ""
         self._scheduler = Scheduler(self._load(path), settings.serve, self.meters, self._challenger(settings.serve.challenger))
         every_s = settings.serve.watch_s
         self._watch = Watch(self._store, self._load, self._scheduler, every_s) if every_s else None
@@ -60,7 +72,7 @@ class Generator:
 
     async def state(self) -> State:
         """What is served; answers while painting too."""
-        problem = (self._watch.problem if self._watch else "") or self._challenger_problem
+        problem = (self._watch.problem if self._watch else "") or self._challenger_problem or self._not_compiled
         if problem != self._told:  # the whole of it is for the log alone
             self._told = problem
             logger.warning("what is served is not what is wanted: %s", problem or "it is again")
@@ -105,12 +117,13 @@ class Generator:
             return None
 
     def _load(self, path: str) -> LoadedCheckpoint:
-        """Verified and warm. Raises NoCheckpoint, ValueError, or GenerationError for weights that paint nothing.
+        """Verified and warm. Raises NoCheckpoint, GenerationError for weights that paint nothing, or ValueError, also where
+        the GPU has no room for another one.
 
         Done in a thread that ends: each thread that has run a parallel operation keeps its own OpenMP workers, and where there
         are more of them than processors libgomp's no longer spin at a barrier: the engine's small operations take twice as long.
         """
-        with ThreadPoolExecutor(1, "load") as thread:
+        with self._room.for_checkpoint(), ThreadPoolExecutor(1, "load") as thread:
             return thread.submit(self._loaded, path).result()
 
     def _loaded(self, path: str) -> LoadedCheckpoint:
@@ -129,8 +142,8 @@ class Generator:
             zero_terminal_snr=published.zero_terminal_snr,
             catalogue=self._lookup.catalogue,
         )
-        if serve.compile:
-            engine.compile([serve.size_px], serve.compile_cache or None)
+        compiled = not serve.compile or engine.compile([serve.size_px], serve.compile_cache or None)
+        self._not_compiled = "" if compiled else f"{published.id} is drawn without torch.compile"
         check = checks.picture_check(serve, published.diffusion, self._device)
         loaded = LoadedCheckpoint(engine, published.id, path, check)
         rehearsal.warm_up(loaded, serve)

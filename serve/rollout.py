@@ -25,6 +25,7 @@ class Rollout:
         self.new: LoadedCheckpoint | None = None
         self.canary: Canary | None = None
         self.retiring: list[LoadedCheckpoint] = []
+        self.unloaded = 0  # how many have been
 
     def checkpoints(self) -> list[LoadedCheckpoint]:
         """All that have an engine."""
@@ -92,4 +93,5 @@ class Rollout:
         for one in [one for one in self.retiring if not one.running]:
             self.retiring.remove(one)
             one.engine.close()
+            self.unloaded += 1
             logger.info("%s is unloaded", one.id)

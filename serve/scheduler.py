@@ -109,6 +109,11 @@ class Scheduler:
             main, new = self._rollout.main, self._rollout.new
             return main.path, new.path if new else "", bool(self._rollout.retiring)
 
+    @property
+    def unloaded(self) -> int:
+        """How many checkpoints have been."""
+        return self._rollout.unloaded
+
     def load(self) -> dict[str, float]:
         """Work that is accepted and not done, in row-steps and in seconds."""
         with self._wake:
@@ -186,14 +191,18 @@ class Scheduler:
     def _run(self) -> None:
         try:
             while self._prepare():
-                for checkpoint in self._rollout.checkpoints():
-                    self._tick(checkpoint)
+                self._tick_all()
         except BaseException as error:
             logger.exception("the engine's thread ends")
             with self._wake:
                 self._broken = error
                 for active in list(self._active):
                     self._close(active, Failed("the generator failed; try again", retry=True))
+
+    def _tick_all(self) -> None:
+        """In a frame that ends: one that waits for visitors must not keep a checkpoint that is unloaded meanwhile."""
+        for checkpoint in self._rollout.checkpoints():
+            self._tick(checkpoint)
 
     def _prepare(self) -> bool:
         """Everything between two ticks; waits where there is nothing to do. False: closed and done."""

@@ -108,7 +108,7 @@ class State:
 
     checkpoint: str
     trial: str = ""  # a newer checkpoint that gets a share of the requests
-    problem: str = ""  # why refs/best is not what is served
+    problem: str = ""  # why refs/best is not what is served, or not as it should be
     waiting: int = 0  # pictures in line
     challenger: str = ""  # a checkpoint that visitors may compare with the present one
     picture_check: str = ""  # what finished pictures must pass

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from momalisa import checkpoint
 from momalisa.storage import Store
+from serve import room
 from serve.loaded_checkpoint import LoadedCheckpoint
 from serve.scheduler import Scheduler
 
@@ -37,6 +38,7 @@ class Watch:
     def __init__(self, store: Store, load: Callable[[str], LoadedCheckpoint], scheduler: Scheduler, every_s: float) -> None:
         self._store, self._load, self._scheduler, self._every_s = store, load, scheduler, every_s
         self._given_up = GivenUp()
+        self._unloaded = 0
         self._ended = threading.Event()
         self.problem = ""
         scheduler.on_given_up = self._canary_failed
@@ -49,6 +51,9 @@ class Watch:
         There is memory for one checkpoint beside the main one: the next one is loaded when what was on trial is withdrawn and
         what finishes old requests is unloaded.
         """
+        if (unloaded := self._scheduler.unloaded) != self._unloaded:
+            self._unloaded = unloaded
+            room.tidy()
         try:
             path = str(self._store.read_json(checkpoint.BEST)["checkpoint"])
         except Exception as error:
@@ -79,10 +84,12 @@ class Watch:
             new = self._load(path)
         except Exception as error:
             self._give_up(path, f"{path} cannot be served: {error}")
+        else:
+            self.problem = ""
+            self._scheduler.roll_out(new)
+            logger.info("%s is on trial", new.id)
             return
-        self.problem = ""
-        self._scheduler.roll_out(new)
-        logger.info("%s is on trial", new.id)
+        room.tidy()  # whatever of it was loaded
 
     def _canary_failed(self, new: LoadedCheckpoint, problem: str) -> None:
         """The scheduler's word, from another thread: a trial has failed."""

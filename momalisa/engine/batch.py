@@ -51,7 +51,7 @@ class Batch:
         kept = [index for index, trajectory in enumerate(self.trajectories) if trajectory.id not in gone]
         if len(kept) == len(self.trajectories):
             return
-        where = torch.tensor(kept, device=self.device, dtype=torch.long)
+        where = self._sent(torch.tensor(kept, dtype=torch.long))
         self.trajectories = [self.trajectories[index] for index in kept]
         self._state, self._prompts = self._state[where], self._prompts[where]
         self._rows = None
@@ -62,15 +62,13 @@ class Batch:
 
     def estimate(self, indices: list[int]) -> Tensor:
         """Where trajectories are going [N, C, h, w]: x0 as the model sees it now."""
-        return self._state[indices, ESTIMATE]
+        return self._state[self._sent(torch.tensor(indices)), ESTIMATE]
 
     @torch.no_grad()
     def step(self, model: Model) -> None:
         """One sampler step of every trajectory."""
         pictures = len(self.trajectories)
-        factors = torch.stack([trajectory.table.factors[trajectory.done] for trajectory in self.trajectories]).to(
-            self.device, non_blocking=True
-        )
+        factors = self._sent(torch.stack([trajectory.table.factors[trajectory.done] for trajectory in self.trajectories]))
         timesteps, scales = factors[:, -2].contiguous(), factors[:, -1].view(-1, 1, 1, 1)
         guided, weights, states = self._layout()
         latents = self._state[:, LATENTS] * scales
@@ -101,8 +99,14 @@ class Batch:
         if self._rows is None or self._rows[0] != pattern:
             indices = [index for index, guided in enumerate(pattern) if guided]
             scales = [self.trajectories[index].request.guidance_scale for index in indices]
-            where = torch.tensor(indices, device=self.device, dtype=torch.long)
-            weights = torch.tensor(scales, device=self.device, dtype=torch.float32).view(-1, 1, 1, 1)
+            where = self._sent(torch.tensor(indices, dtype=torch.long))
+            weights = self._sent(torch.tensor(scales, dtype=torch.float32)).view(-1, 1, 1, 1)
             states = torch.cat([self._prompts[:, 0], self._prompts[where, 1]])
             self._rows = (pattern, where, weights, states)
         return self._rows[1:]
+
+    def _sent(self, values: Tensor) -> Tensor:
+        """Small values on the device. From pinned memory a GPU fetches them in turn, and nobody waits for the step it is at."""
+        if self.device.type == "cuda" and len(values):
+            return values.pin_memory().to(self.device, non_blocking=True)
+        return values.to(self.device)

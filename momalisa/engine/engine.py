@@ -100,6 +100,7 @@ class Engine:
         if max_rows < 2:
             raise ValueError(f"max_rows={max_rows} must be at least 2: a guided picture is two rows")
         self.device, self.dtype, self.max_rows = torch.device(device), dtype, max_rows
+        _exact(self.device, dtype)
         self.unet = _placed(unet, self.device, dtype)
         self.autoencoder = autoencoder
         self.text_encoder = text_encoder
@@ -149,14 +150,20 @@ class Engine:
         config = scheduler_config(diffusion) | (ZERO_TERMINAL_SNR if zero_terminal_snr else {})
         return cls(unet, autoencoder, text_encoder, config, device, dtype, max_rows, adapters)
 
-    def compile(self, sizes_px: Sequence[int], cache_dir: str | Path | None = None) -> None:
+    def compile(self, sizes_px: Sequence[int], cache_dir: str | Path | None = None) -> bool:
         """Compile the UNet for pictures of these sizes, before the first request: minutes, or seconds from `cache_dir`.
 
-        Adapters and other sizes are drawn without. On a GPU each shape becomes a CUDA graph.
+        Adapters and other sizes are drawn without. On a GPU each shape becomes a CUDA graph. False where the compiler fails:
+        the log says why, and everything is drawn without.
         """
         places = [size_px // self.autoencoder.factor for size_px in sizes_px]
         text = self._texts.embed([""])[0]
-        self._runner.warm(self.max_rows, places, self.autoencoder.channels, text, cache_dir)
+        try:
+            self._runner.warm(self.max_rows, places, self.autoencoder.channels, text, cache_dir)
+        except Exception:  # whatever Dynamo, Inductor, Triton and the compilers under them may raise
+            logger.exception("the UNet is not compiled, so pictures are drawn without")
+            return False
+        return True
 
     def forget_texts(self) -> None:
         """Encode texts anew from now on: to be called when the weights of the text encoder have changed."""
@@ -392,6 +399,12 @@ def _taken(batch: Batch) -> list[Finished]:
     ]
     batch.drop(one.id for one in finished)
     return finished
+
+
+def _exact(device: torch.device, dtype: torch.dtype) -> None:
+    """Float32 is what it says: left alone, cuDNN rounds what it convolves to TF32's 10 bits. For the whole process."""
+    if device.type == "cuda" and dtype == torch.float32:
+        torch.backends.cudnn.allow_tf32 = False
 
 
 def _placed(unet: Any, device: torch.device, dtype: torch.dtype) -> Any:

@@ -11,8 +11,11 @@ CUDA graphs are replayed without any of it.
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
@@ -20,6 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -38,28 +43,44 @@ class Runner:
 
     @torch.no_grad()
     def warm(self, rows: int, places: Sequence[int], channels: int, text: Tensor, cache_dir: str | Path | None) -> None:
-        """Compile for every bucket up to `rows` and every latent side of `places`. `text` [L, D]: states of any text."""
+        """Compile for every bucket up to `rows` and every latent side of `places`. `text` [L, D]: states of any text.
+
+        All shapes or, where the compiler fails, none. On a GPU their graphs share their memory: the largest is captured first,
+        and what a graph gives is copied before the next one is replayed, so any order will do.
+        """
         if cache_dir is not None:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir)
         options: dict[str, Any] = {"freezing": True} if self.device.type == "cpu" else {}
-        for bucket in _buckets(rows):
-            for side in places:
-                call = torch.compile(_plain(self.unet), dynamic=False, fullgraph=True, options=options)
-                latents = torch.zeros((bucket, channels, side, side), device=self.device, dtype=self.dtype)
-                example = (
-                    latents.to(memory_format=self._format),
-                    torch.zeros(bucket, device=self.device),
-                    text.to(self.device, self.dtype).expand(bucket, -1, -1).contiguous(),
-                )
-                with _compiler:
-                    call(*(value.clone() for value in example))
-                    ready = _Graph(call, example) if self.device.type == "cuda" else _Alone(call, self._plain)
-                self._shapes[bucket, channels, side, side] = ready
+        pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        shapes = [(bucket, channels, side, side) for bucket in _buckets(rows) for side in places]
+        made: dict[tuple[int, ...], Any] = {}
+        for shape in sorted(shapes, key=math.prod, reverse=True):
+            began = time.monotonic()
+            call = torch.compile(_plain(self.unet), dynamic=False, fullgraph=True, options=options)
+            example = self._example(shape, text)
+            with _compiler:
+                call(*(value.clone() for value in example))
+                made[shape] = self._ready(call, example, pool)
+            seconds = time.monotonic() - began
+            logger.info("compiled %d of %d shapes: latents %s, %.0f s", len(made), len(shapes), list(shape), seconds)
+        self._shapes = made
+
+    def _example(self, shape: tuple[int, ...], text: Tensor) -> tuple[Tensor, ...]:
+        """What the UNet is called with at a shape: memory of its own, for a graph's inputs lie there."""
+        return (
+            torch.zeros(shape, device=self.device, dtype=self.dtype).to(memory_format=self._format),
+            torch.zeros(shape[0], device=self.device),
+            text.to(self.device, self.dtype).repeat(shape[0], 1, 1),
+        )
+
+    def _ready(self, call: Forward, example: tuple[Tensor, ...], pool: Any) -> Any:
+        """What is called for a shape that is compiled."""
+        return _Graph(call, example, pool) if self.device.type == "cuda" else _Alone(call, self._plain)
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
         """Shapes of latents that are compiled."""
-        return list(self._shapes)
+        return sorted(self._shapes)
 
     def __call__(self, latents: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
         rows, latents = len(latents), latents.to(self.dtype, memory_format=self._format)
@@ -103,9 +124,9 @@ class _Alone:
 
 
 class _Graph:
-    """A CUDA graph of one shape, with buffers for what goes in and out."""
+    """A CUDA graph of one shape, with buffers for what goes in and out; what lies between is the `pool`'s, for all graphs."""
 
-    def __init__(self, call: Any, example: tuple[Tensor, ...]) -> None:
+    def __init__(self, call: Any, example: tuple[Tensor, ...], pool: Any) -> None:
         self._inputs = example
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -114,7 +135,7 @@ class _Graph:
                 call(*self._inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # others draw meanwhile
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):  # others draw meanwhile
             self._output = call(*self._inputs)
 
     def __call__(self, *values: Tensor) -> Tensor:

@@ -49,7 +49,16 @@ def test_the_lock_is_what_the_project_asks_for_and_every_line_has_a_hash(kind: s
     assert len(wanted) > 15
     for name, version in wanted:
         assert locked[name.lower()].split("+")[0] == version
+    (adam8bit,) = re.findall(r'^adam8bit = \["bitsandbytes==([\w.]+)"\]$', (HOME / "pyproject.toml").read_text(), re.MULTILINE)
+    assert locked.get("bitsandbytes") == (adam8bit if kind == "gpu" else None)
     assert ("nvidia-nccl-cu13" in locked or any(name.startswith("nvidia-") for name in locked)) == (kind == "gpu")
+
+
+def test_what_compiles_kernels_is_in_the_image_itself() -> None:
+    """Triton and Inductor look for it when something is compiled, so it is no matter of the stage that only builds."""
+    final = DOCKERFILE.rpartition("\nFROM ")[2]
+    (packages,) = re.findall(r"apt-get install .*\\\n +(.*) \\\n", final)
+    assert "g++" in packages.split()
 
 
 COMPOSE = yaml.safe_load((HOME / "deploy" / "docker-compose.yaml").read_text())

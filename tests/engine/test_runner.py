@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 import weakref
@@ -15,6 +16,8 @@ from torch._dynamo.utils import counters
 
 from momalisa.config import Diffusion
 from momalisa.engine import Engine, Request
+from momalisa.engine.batch import Batch
+from momalisa.engine.engine import _exact
 from momalisa.engine.runner import Runner, _buckets, _padded
 from tests.engine.conftest import difference, photograph
 
@@ -60,7 +63,7 @@ def test_what_has_no_shape_is_drawn_all_the_same(engine: Engine) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_nothing_is_compiled_while_pictures_are_drawn(diffusion: Diffusion, tmp_path: Path) -> None:
     engine, plain = Engine.load(diffusion, max_rows=2), Engine.load(diffusion, max_rows=2)
-    engine.compile([64], tmp_path)
+    assert engine.compile([64], tmp_path)
     assert [shape[0] for shape in engine._runner.shapes] == [1, 2]
     assert any(tmp_path.rglob("*.so"))
     graphs = counters["stats"]["unique_graphs"]
@@ -150,11 +153,131 @@ def test_what_was_compiled_goes_with_what_it_was_compiled_for() -> None:
     assert unet() is None
 
 
+class Buffers:
+    """In a CUDA graph's place on a CPU: what goes in is copied into the example, and what comes out is a copy."""
+
+    def __init__(self, call: Any, example: tuple[torch.Tensor, ...]) -> None:
+        self.call, self.inputs = call, example
+
+    def __call__(self, *values: torch.Tensor) -> torch.Tensor:
+        for buffer, value in zip(self.inputs, values, strict=True):
+            buffer.copy_(value)
+        output: torch.Tensor = self.call(*self.inputs)
+        return output.clone()
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[Buffers]:
+    """What stands for a graph, in the order in which they are captured."""
+    made: list[Buffers] = []
+
+    def ready(_: Runner, call: Any, example: tuple[torch.Tensor, ...], pool: Any) -> Buffers:
+        made.append(Buffers(call, example))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "compile", lambda call, **_: call)
+    monkeypatch.setattr(Runner, "_ready", ready)
+    return made
+
+
+def test_the_inputs_of_graphs_are_nobody_elses(diffusion: Diffusion, captured: list[Buffers]) -> None:
+    """Not the cached states of the empty prompt either, which are the example's: what is guided is guided away from them."""
+    engine, plain = Engine.load(diffusion, max_rows=4), Engine.load(diffusion, max_rows=4)
+    assert engine.compile([64])
+    assert [len(graph.inputs[0]) for graph in captured] == [4, 2, 1]  # the largest first: the others fit into its memory
+    empty = engine._texts.embed([""])[0].clone()
+    for request in (replace(REQUEST, guidance_scale=1.0), REQUEST):
+        assert difference(engine.generate([request])[0], plain.generate([request])[0]) <= 1
+    assert torch.equal(captured[-1].inputs[2][0], engine._texts.embed([REQUEST.prompt])[0])
+    assert torch.equal(engine._texts.embed([""])[0], empty)
+
+
+def test_where_the_compiler_fails_pictures_are_drawn_without(
+    diffusion: Diffusion, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def compile_(call: Any, **_: Any) -> Any:
+        def called(latents: torch.Tensor, *more: torch.Tensor) -> Any:
+            if len(latents) == 1:
+                raise RuntimeError("Failed to find C compiler")
+            return call(latents, *more)
+
+        return called
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    engine = Engine.load(diffusion, max_rows=2)
+    assert not engine.compile([64])
+    assert "Failed to find C compiler" in caplog.text
+    assert engine._runner.shapes == []  # one row is not padded to two for the sake of those that were compiled
+    assert difference(engine.generate([REQUEST])[0], Engine.load(diffusion, max_rows=2).generate([REQUEST])[0]) <= 1
+
+
+def test_float32_on_a_gpu_is_not_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    _exact(torch.device("cuda"), torch.bfloat16)
+    _exact(torch.device("cpu"), torch.float32)
+    assert torch.backends.cudnn.allow_tf32
+    _exact(torch.device("cuda"), torch.float32)
+    assert not torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.gpu
+def test_a_graph_of_one_row_draws_what_plain_pytorch_does_and_what_is_guided_after_it_too(
+    diffusion: Diffusion, tmp_path: Path
+) -> None:
+    engine, plain = (Engine.load(diffusion, device="cuda", max_rows=4) for _ in range(2))
+    assert engine.compile([64], tmp_path)
+    asked = [replace(REQUEST, guidance_scale=1.0), REQUEST, replace(REQUEST, seed=8, guidance_scale=1.0), REQUEST]
+    for request in asked:  # shapes in any order: their graphs share their memory
+        assert difference(engine.generate([request])[0], plain.generate([request])[0]) <= 1
+    for ours, expected in zip(engine.generate(asked), plain.generate(asked), strict=True):
+        assert difference(ours, expected) <= 1
+
+
+@pytest.mark.gpu
+def test_nothing_but_a_preview_s_pixels_waits_for_a_step(diffusion: Diffusion) -> None:
+    engine = Engine.load(diffusion, device="cuda", max_rows=6)
+    for seed in range(4):
+        engine.submit(replace(REQUEST, seed=seed, steps=9, guidance_scale=1.0 + seed % 2))
+    engine.tick()
+    (lane,) = engine._lanes.values()
+    batch: Batch = lane.batch
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch.step(engine._runner)
+        batch.estimate([0, 2])
+        batch.drop([batch.trajectories[1].id])
+        batch.step(engine._runner)
+        batch.drop([one.id for one in batch.trajectories])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_one_engine_draws_on_where_there_is_no_memory_for_a_second(diffusion: Diffusion, tmp_path: Path) -> None:
+    engine = Engine.load(diffusion, device="cuda", max_rows=4)
+    assert engine.compile([64], tmp_path)
+    (expected,) = engine.generate([REQUEST])
+    torch.cuda.set_per_process_memory_fraction(0.0)  # of the GPU's: nothing beyond what the process has
+    hoard: list[torch.Tensor] = []
+    try:
+        for size in (2**20, 2**14, 2**9):
+            with contextlib.suppress(torch.OutOfMemoryError):
+                while True:
+                    hoard.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+        with pytest.raises(torch.OutOfMemoryError):
+            Engine.load(diffusion, device="cuda", max_rows=4)
+    finally:
+        hoard.clear()
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert difference(engine.generate([REQUEST])[0], expected) <= 1
+    assert Engine.load(diffusion, device="cuda", max_rows=4).compile([64], tmp_path)
+
+
 @pytest.mark.gpu
 def test_cuda_graphs_draw_the_same_pictures(diffusion: Diffusion, tmp_path: Path) -> None:
     engine = Engine.load(diffusion, device="cuda", max_rows=6)
     plain = Engine.load(diffusion, max_rows=6)
-    engine.compile([64], tmp_path)
+    assert engine.compile([64], tmp_path)
     mixed = [REQUEST, replace(REQUEST, seed=8, guidance_scale=1.0, previews=2), replace(REQUEST, image=photograph(1))]
     for ours, expected in zip(engine.generate(mixed), plain.generate(mixed), strict=True):
         assert difference(ours, expected) <= 3

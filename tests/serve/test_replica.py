@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,8 @@ from momalisa.checkpoint import NoCheckpoint
 from momalisa.config import Settings
 from momalisa.engine import Engine, Request
 from momalisa.storage import Store
-from serve.app import ServeArgs, build, load_settings
-from serve.replica import Generator
+from serve.app import ServeArgs, application, build, load_settings
+from serve.replica import Generator, device
 from serve.task import Completed, GenerationTask
 from tests.checkpoint.test_text_adapters import published
 from tests.engine.conftest import difference
@@ -48,6 +51,60 @@ def test_relative_paths_start_at_home(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("MOMALISA_HOME", str(tmp_path))
     assert load_settings(ServeArgs(config="own.yaml")).root == str(tmp_path / "mine")
     assert load_settings(ServeArgs(config="own.yaml", overrides=["--root=gs://b/m"])).root == "gs://b/m"
+
+
+def test_a_replica_has_the_gpu_that_ray_gave_it_and_no_other(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("serve.replica.ray.is_initialized", lambda: True)
+    monkeypatch.setattr("serve.replica.ray.get_gpu_ids", lambda: ["3"])
+    assert device() == "cuda"
+    monkeypatch.setattr("serve.replica.ray.get_gpu_ids", list)
+    assert device() == "cpu"
+    assert not caplog.records
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device() == "cpu"
+    assert "set num_gpus in its ray_actor_options" in caplog.text
+
+
+@pytest.mark.parametrize("gpus", [0.0, 0.5, 1.0])
+def test_a_replica_asks_for_the_gpus_it_is_said_to(settings: Settings, gpus: float) -> None:
+    (generator, _) = application(settings, gpus)._bound_deployment.init_args
+    assert generator._bound_deployment.ray_actor_options["num_gpus"] == gpus
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_ray_shows_gpus_to_all_and_gives_them_to_those_that_ask() -> None:
+    """Ray believes in one GPU."""
+    driver = """
+import logging, ray
+from serve.replica import device
+ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
+         object_store_memory=200 * 2**20)
+print(device(), *ray.get([ray.remote(num_cpus=0.5, num_gpus=gpus)(device).remote() for gpus in (1, 0, 0.5)]))
+ray.shutdown()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    done = subprocess.run([sys.executable, "-c", driver], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-4:] == ["cpu", "cuda", "cpu", "cuda"]
+
+
+async def test_without_a_compiler_pictures_come_and_the_state_says_so(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compile_(*_: object, **__: object) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    serve = settings.serve.model_copy(update={"compile": True})
+    generator = Generator(settings.model_copy(update={"serve": serve}))
+    try:
+        assert (await generator.state()).problem == "tiny-64 is drawn without torch.compile"
+        last = [event async for event in generator.generate(GenerationTask("x", (0,), 2, 1.0, 64))][-1]
+        assert last == Completed("tiny-64")
+    finally:
+        await asyncio.to_thread(generator.close)
 
 
 async def test_a_trace_tells_the_ticks_that_a_task_took_part_in(generator: Generator) -> None:

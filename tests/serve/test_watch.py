@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import shutil
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -243,6 +245,48 @@ def test_the_next_one_is_loaded_when_the_old_one_has_finished(museums: Callable[
     assert [one.id for one in museum.loads] == ["a", "b"]
     old.engine.paused = False  # type: ignore[attr-defined]
     museum.look_until("c")
+
+
+def test_what_is_unloaded_is_in_memory_no_more(museums: Callable[[float], Museum]) -> None:
+    """Nor is it while no visitor comes, whether or not it lies in a cycle, as a compiled UNet does."""
+    museum = museums(0.0)
+    old = museum.loads[0]
+    old.engine.paused = True  # type: ignore[attr-defined]
+    with museum.scheduler._wake:
+        old.start(sample_of(Serve(steps=2), 0, 0.0))
+    museum.promote("b")
+    museum.look_until("b")
+    engine, cycle = weakref.ref(old.engine), weakref.ref(old)
+    old.itself = old  # type: ignore[attr-defined]
+    old.engine.paused = False  # type: ignore[attr-defined]
+    museum.loads.clear()
+    del old
+    gc.disable()
+    try:
+        eventually(lambda: not museum.scheduler._rollout.retiring)
+        eventually(lambda: museum.watch.look() or (engine() is None and cycle() is None))  # type: ignore[func-returns-value]
+    finally:
+        gc.enable()
+
+
+def test_one_that_cannot_be_loaded_is_spoken_of_at_every_attempt(
+    museums: Callable[[float], Museum], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    museum, asked = museums(LONG), list[str]()
+
+    def load(path: str) -> LoadedCheckpoint:
+        asked.append(path)
+        raise ValueError("there is no GPU memory for a second checkpoint")
+
+    monkeypatch.setattr(museum.watch, "_load", load)
+    museum.promote("b")
+    began = time.monotonic()
+    for after_s in (0, 299, 301, 599, 603):
+        monkeypatch.setattr("serve.watch.time.monotonic", lambda: began + after_s)  # noqa: B023
+        museum.watch.look()
+        assert museum.watch.problem == "checkpoints/b cannot be served: there is no GPU memory for a second checkpoint"
+        assert museum.scheduler.state().checkpoint == "a"
+    assert len(asked) == caplog.text.count("there is no GPU memory") == 3
 
 
 def test_one_that_failed_is_tried_again_when_the_pointer_moves_or_after_a_while(
