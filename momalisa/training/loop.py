@@ -7,9 +7,9 @@ samples, their noise and the mean loss of a step are the same at any number of w
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -25,7 +25,8 @@ from momalisa.checkpoint import Checkpoint
 from momalisa.config import Diffusion, Train
 from momalisa.diffusion import Schedule, loss_per_sample
 from momalisa.latents import Autoencoder, TextEncoder
-from momalisa.storage import StorageError, Store
+from momalisa.storage import StorageError, Store, canonical_json
+from momalisa.training import node
 from momalisa.training import optimizer as optimizers
 from momalisa.training import state as trainer_state
 from momalisa.training.batches import Batches, Pass, Texts
@@ -40,6 +41,7 @@ from momalisa.training.state import Progress
 from momalisa.training.writer import Snapshot, Writer
 
 LOG_EVERY = 10  # steps
+LAYOUTS = {"cuda": torch.channels_last}  # of the UNet, by the kind of device; elsewhere contiguous
 EXPLODED = 10.0  # times the median of the losses so far, or times 1, the loss of a model that predicts nothing
 
 
@@ -88,20 +90,20 @@ class Trainer:
         self.text_encoder = TextEncoder.load(run.diffusion, self.device)
         denoiser = Denoiser(checkpoints.load_base_unet(run.diffusion), self.text_encoder, settings)
         attention.choose(denoiser.unet, self.device, dtype)
-        self.trained = denoiser.trained()
-        self.ema = Ema(self.trained.items(), settings.ema_decay)
-        self.powers = {sigma: PowerEma(self.trained.items(), sigma) for sigma in STORED} if settings.power_ema else {}
-        self.layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
+        self.layout = LAYOUTS.get(self.device.type, torch.contiguous_format)
         denoiser.unet.train().to(memory_format=self.layout)
+        self.trained = denoiser.trained()
         optimizer = optimizers.build(settings, self.trained.values())
         self.denoiser, self.optimizer = self.accelerator.prepare(denoiser, optimizer)
         self.bare = denoiser
+        self.ema = Ema(self.trained.items(), settings.ema_decay)  # where the weights are now, and laid out as they are
+        self.powers = {sigma: PowerEma(self.trained.items(), sigma) for sigma in STORED} if settings.power_ema else {}
+        if settings.ema_offload:
+            for average in (self.ema, *self.powers.values()):
+                average.to(torch.device("cpu"))
         if settings.gradient_compression == "bf16" and workers > 1:
             compress(self.denoiser)
         self.prior = Prior(denoiser, settings, dtype) if settings.prior_weight else None
-        if not settings.ema_offload:
-            for average in (self.ema, *self.powers.values()):
-                average.to(self.device)
         self.progress = self._resume()
         if not self.progress.workers or self.progress.workers[-1][1] != self.accelerator.num_processes:
             self.progress.workers.append((self.progress.images_seen, self.accelerator.num_processes))
@@ -151,38 +153,45 @@ class Trainer:
 
         Raises OSError where another process cannot read that one.
         """
-        with tempfile.TemporaryDirectory(prefix="momalisa-") as scratch:
-            folder = Path(scratch)
-            (chosen,) = broadcast_object_list([self._newest(folder) if self.accelerator.is_main_process else None])
+        with contextlib.ExitStack() as held:
+            mine = self._newest(held) if self.accelerator.is_main_process else None
+            (chosen,) = broadcast_object_list([mine and mine[0]])
             if chosen is None:
                 return Progress()
-            if not self.accelerator.is_main_process:
-                self._fetch(chosen, folder)
+            folder = mine[1] if mine else self._fetch(chosen, held)
             progress = trainer_state.restore(folder, self.trained, self.ema, self._bare_optimizer, self.powers)
+            self.accelerator.wait_for_everyone()  # whoever came after the last had left would download it again
         if progress.scaler and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(progress.scaler)
         if self.run.train.early_stop_patience is None:
             progress.stopped = False
         return progress
 
-    def _newest(self, folder: Path) -> Checkpoint | None:
-        """The newest whole one, its state downloaded; one that is not is passed over and said."""
+    def _newest(self, held: contextlib.ExitStack) -> tuple[Checkpoint, Path] | None:
+        """The newest whole one, and where its state is; one that is not is passed over and said."""
         for saved in reversed(checkpoints.read_all(self.run.store, self.run.name)):
             if not saved.state:
                 continue
             try:
-                self.run.store.download(f"{saved.path}/state", saved.state, folder)
-                return saved
+                return saved, held.enter_context(self._state(saved))
             except StorageError:  # nothing is known of the checkpoint
                 raise
             except (ValueError, FileNotFoundError) as error:
                 print(f"train: {error}; going on from the checkpoint before", flush=True)
         return None
 
-    def _fetch(self, chosen: Checkpoint, folder: Path) -> None:
-        """Download the state of the main process's choice. Raises OSError."""
+    def _state(self, saved: Checkpoint) -> contextlib.AbstractContextManager[Path]:
+        """A checkpoint's trainer state in a folder of this node: one process downloads it, all map it."""
+        return node.shared(
+            node.folder(self.run.train.cache_dir) / "states",
+            hashlib.sha256(canonical_json(saved.state)).hexdigest()[:24],
+            lambda place: self.run.store.download(f"{saved.path}/state", saved.state, place),
+        )
+
+    def _fetch(self, chosen: Checkpoint, held: contextlib.ExitStack) -> Path:
+        """Where the state of the main process's choice is. Raises OSError."""
         try:
-            self.run.store.download(f"{chosen.path}/state", chosen.state, folder)
+            return held.enter_context(self._state(chosen))
         except (ValueError, FileNotFoundError) as error:
             raise OSError(
                 f"worker {self.accelerator.process_index} cannot read the checkpoint from which worker 0 goes on ({error}); "
@@ -244,12 +253,12 @@ class Trainer:
         asked = torch.tensor(float(self.events.ending()), device=self.device)
         if not float(self.accelerator.reduce(asked, reduction="sum")):
             return
-        failure = None
+        failure = ""
         if self.accelerator.is_main_process:
             self._save()
             self.writer.settle()
-            failure, self.writer.failure = self.writer.failure, None  # said below
-        (lost,) = broadcast_object_list([failure and f"{type(failure).__name__}: {failure}"])
+            failure, self.writer.failure = self.writer.failure, ""  # said below
+        (lost,) = broadcast_object_list([failure])
         seen, there = f"{self.progress.images_seen} images seen", "the same command goes on from"
         raise Interrupted(f"{seen}, but no checkpoint of them ({lost}); {there} the last" if lost else f"{seen}; {there} there")
 

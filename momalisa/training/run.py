@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from momalisa.captioner import captioner_id
 from momalisa.checkpoint import Checkpoint
@@ -13,6 +12,7 @@ from momalisa.dataset import Dataset
 from momalisa.latents import encoder_id
 from momalisa.storage import Store
 from momalisa.training import cache as caches
+from momalisa.training import node
 from momalisa.training.cache import LatentCache
 from momalisa.training.loop import Run
 from momalisa.weights import identity, short_id
@@ -88,8 +88,8 @@ def complete(settings: Settings, found: Sequence[Checkpoint]) -> bool:
 def split(settings: Settings, planned: Plan) -> tuple[LatentCache, LatentCache]:
     """The run's works: (training, held out)."""
     chosen = settings.train
-    folder = Path(chosen.cache_dir) if chosen.cache_dir else None
-    works = caches.load(Dataset(settings.dataset), planned.tables, folder).without(set(planned.left_out))
+    works = caches.load(Dataset(settings.dataset), planned.tables, node.folder(chosen.cache_dir))
+    works = works.without(set(planned.left_out))
     return caches.split(works, chosen.held_out_fraction)
 
 

@@ -46,7 +46,7 @@ def tensors(
     found |= {f"ema/{name}": value for name, value in ema.shadow.items()}
     found |= {f"ema-{sigma}/{name}": value for sigma, one in powers.items() for name, value in one.shadow.items()}
     found |= {f"optimizer/{place}": value for place, value in optimizers.state(optimizer, parameters).items()}
-    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in found.items()}
+    return {name: value.detach().contiguous().to("cpu", copy=True) for name, value in found.items()}
 
 
 def write(directory: Path, found: dict[str, torch.Tensor], progress: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from momalisa import checkpoint as checkpoints
 from momalisa.config import Diffusion, Train
 from momalisa.latents import TextEncoder
 from momalisa.storage import Store
-from momalisa.training import batches
+from momalisa.training import batches, loop
 from momalisa.training.cache import LatentCache
 from momalisa.training.loop import Events, Run, Trainer
 from momalisa.training.processes import determinism
@@ -89,6 +89,22 @@ def test_adapters_on_the_text_encoder_are_trained_and_resumed(tiny_base: Path, t
     shutil.rmtree(tmp_path / "b" / "checkpoints" / "o" / "000000016")
     Trainer(again, Events()).train()
     ends = [checkpoints.read_all(part.store, "o")[-1] for part in (run, again)]
+    assert ends[0].state == ends[1].state
+
+
+def test_a_run_in_channels_last_goes_on_bit_by_bit(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As beside a GPU, where the optimizer's kernel goes through weights and moments as they lie in memory."""
+    monkeypatch.setattr(loop, "LAYOUTS", {"cpu": torch.channels_last})
+    whole, again = (run_of(tiny_base, tmp_path / part) for part in "ab")
+    Trainer(whole, Events()).train()
+    shutil.copytree(tmp_path / "a" / "checkpoints", tmp_path / "b" / "checkpoints")
+    shutil.rmtree(tmp_path / "b" / "checkpoints" / "o" / "000000016")
+    trainer = Trainer(again, Events())
+    assert any(not value.is_contiguous() for value in trainer.trained.values())
+    for name, value in trainer.trained.items():
+        assert trainer.ema.shadow[name].stride() == value.stride(), name
+    assert trainer.train().images_seen == 16
+    ends = [checkpoints.read_all(part.store, "o")[-1] for part in (whole, again)]
     assert ends[0].state == ends[1].state
 
 
