@@ -2,7 +2,8 @@
 
     python bench/train.py --script ../diffusers/examples/text_to_image/train_text_to_image.py
     python bench/train.py --script ... --peer-precision fp32 --compile --record
-    python bench/train.py --script ... --size sd14 --batch 16 --compile --ladder --record        # on a GPU, without Ray
+    python bench/train.py --script ... --peer-precision fp32 --compile --ladder --record         # what each optimisation adds
+    python bench/train.py --script ... --size sd14 --batch 16 --micro-batch 4 --compile --ladder --record     # on a GPU
     python bench/train.py --scaling                                                             # 2 workers against 1
 
 The script is read from a checkout of diffusers (0.42 or its main branch); it wants torchvision. Each side runs as a program
@@ -10,9 +11,12 @@ of its own, turn about for `--rounds` rounds. A hook that torch calls after ever
 process's processor seconds; the first `--warmup` steps (loading, compiling) are left out on both sides. `ratio` is the median
 over the rounds; `cpu_ratio` is the same ratio of processor seconds, for machines that are busy with other things too. Ours
 trains on latents that were encoded before, as the encode job does; the script encodes each picture with the VAE at every step.
-`--ladder` switches our optimisations on one after another, beside the script, in every round. `--size sd14` is Stable Diffusion
-1.4's architecture at 512x512 with random weights. On a GPU the line has both sides' peak memory, as PyTorch's allocator saw it,
-beside what momalisa/training/memory.py computes for ours (with CUDA's context), and both sides' MFU.
+`--ladder` begins with what the script does at every step (VAE and text encoder, fp32) and switches our optimisations on one
+after another (bench/ladder.py), each in a process of its own, in every round; the last is what the other options ask for. Its
+rows have the images/s with a rung and with the one before, and their ratio. `--size sd14` is Stable Diffusion 1.4's
+architecture at 512x512 with random weights; in fp32 it needs `--micro-batch 4` to fit 80 GB (both sides accumulate gradients
+then). On a GPU the line has both sides' peak memory, as PyTorch's allocator saw it, beside what momalisa/training/memory.py
+computes for ours (with CUDA's context), and both sides' MFU.
 
 On a busy machine take `--threads 1`: idle threads that wait for others count as processor seconds. The last line printed is
 one JSON object.
@@ -35,7 +39,7 @@ from statistics import median
 from typing import Any
 
 import sd14
-from results import processor, report
+from results import COLUMNS, processor, report
 
 HERE = Path(__file__).resolve()
 PICTURES = 256
@@ -130,38 +134,47 @@ def train_settings(options: argparse.Namespace) -> Any:
     )
 
 
+def works(options: argparse.Namespace, diffusion: Any) -> Any:
+    """The training set, encoded; or to be encoded at each use."""
+    import ladder
+    import torch
+
+    from momalisa.latents import Autoencoder, TextEncoder
+    from momalisa.training.cache import LatentCache
+
+    rows = [json.loads(line) for line in (options.data / "metadata.jsonl").read_text().splitlines()]
+    autoencoder = Autoencoder.load(diffusion, "cuda" if torch.cuda.is_available() else "cpu")
+    texts = [row["text"] for row in rows]
+    paths, tokens = [options.data / row["file_name"] for row in rows], TextEncoder.load(diffusion).tokenize(texts)
+    pictures = ladder.pictures(paths, texts, tokens, autoencoder)
+    if ladder.MOMENTS in options.off:
+        return pictures
+    groups = [list(range(start, min(start + 8, len(rows)))) for start in range(0, len(rows), 8)]
+    moments = [one for group in groups for one in pictures.rows(group).stacked()]
+    return LatentCache(pictures.ids, texts, moments, tokens)
+
+
 def ours(options: argparse.Namespace) -> None:
     """Our side, in a process of its own: encode, then train for so many steps; the last line says how it went."""
+    import ladder
     import torch
-    from PIL import Image
 
     from momalisa.config import Diffusion
-    from momalisa.latents import Autoencoder, TextEncoder, to_pixels
     from momalisa.storage import Store
-    from momalisa.training.cache import LatentCache
     from momalisa.training.loop import Events, Run, Trainer
 
+    ladder.switch_off(options.off)
     torch.set_num_threads(options.threads)
     if options.workers > 1:
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     diffusion = Diffusion(model=options.model)
-    rows = [json.loads(line) for line in (options.data / "metadata.jsonl").read_text().splitlines()]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    autoencoder = Autoencoder.load(diffusion, device)
-    moments = []
-    for start in range(0, len(rows), 8):
-        pictures = [Image.open(options.data / row["file_name"]) for row in rows[start : start + 8]]
-        moments += list(autoencoder.encode(torch.stack([to_pixels(picture, options.resolution) for picture in pictures])))
-    del autoencoder
-    texts = [row["text"] for row in rows]
-    tokens = TextEncoder.load(diffusion).tokenize(texts)
+    cache = works(options, diffusion)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()  # encoding is a job of its own
     marks = Marks(options.warmup, options.steps)
     said: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        cache = LatentCache([row["file_name"] for row in rows], texts, moments, tokens)
         train = train_settings(options)
         trainer = Trainer(Run("bench", train, diffusion, cache, Store(scratch)), Events(logged=said.update), options.workers)
         snapshot = trainer.snapshot
@@ -187,6 +200,7 @@ def our_command(options: argparse.Namespace) -> list[str]:
     same += [f"--micro-batch={options.micro_batch}"] if options.micro_batch else []
     same += ["--compile"] if options.compile else []
     same += ["--gradient-checkpointing"] if options.gradient_checkpointing else []
+    same += [f"--off={name}" for name in options.off]
     return [sys.executable, str(HERE), "--side=ours", *same]
 
 
@@ -199,7 +213,8 @@ def peer_command(options: argparse.Namespace, scratch: Path) -> list[str]:
         "train_data_dir": options.data.parent,
         "caption_column": "text",
         "resolution": options.resolution,
-        "train_batch_size": options.batch,
+        "train_batch_size": options.micro_batch or options.batch,
+        "gradient_accumulation_steps": options.batch // (options.micro_batch or options.batch),
         "max_train_steps": options.warmup + options.steps,
         "learning_rate": 1e-5,
         "lr_scheduler": "constant",
@@ -272,16 +287,12 @@ def rate(options: argparse.Namespace, told: list[dict[str, float]]) -> float:
     return round(options.batch / median(one["clock_s"] for one in told), 1)
 
 
-RUNGS = [{"precision": "fp32", "compile": False}, {"precision": "bf16"}, {"compile": True}, {"optimizer": "adamw8bit"}]
-
-
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Our side beside the script; with --ladder, also with each optimisation added to those before it."""
-    sides = {"ours": options, "peer": options}
-    chosen = vars(options)
-    for number, change in enumerate(RUNGS if options.ladder else [], 1):
-        chosen = chosen | change
-        sides[f"ours {number}"] = argparse.Namespace(**chosen)
+    import ladder
+
+    rungs = ladder.climb(options)[:-1] if options.ladder else []
+    sides = {"peer": options, **{f"ours {said}": chosen for said, chosen in rungs}, "ours": options}
     with tempfile.TemporaryDirectory() as folder:
         prepare(options, Path(folder))
         for one in sides.values():
@@ -289,16 +300,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         found = rounds(options, sides, Path(folder))
     how = f"{options.precision}{', compiled' if options.compile else ''}"
     what = "miniature UNet" if options.size == "miniature" else "UNet of Stable Diffusion 1.4 with random weights"
-    rungs = [
-        {
-            **change,
-            "images_per_s": rate(options, found[name]),
-            "ratio": ratio(found, name, "peer", "clock_s"),
-            "cpu_ratio": ratio(found, name, "peer", "cpu_s"),
-            "mfu": found[name][-1].get("mfu"),
-        }
-        for change, name in zip(RUNGS, list(sides)[2:], strict=False)
-    ]
     last = found["ours"][-1]
     return {
         "claim": f"training, {what}, {options.resolution}x{options.resolution}, batch {options.batch}, images/s; "
@@ -310,8 +311,38 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "hardware": f"{options.threads} threads of {os.cpu_count()} x {processor()}",
         **{key: round(last[key], 4) for key in FIGURES if key in last},
         **on_accelerator(options, found),
-        **({"ladder": rungs} if rungs else {}),
+        **({"ladder": gains(options, found)} if options.ladder else {}),
     }
+
+
+def gains(options: argparse.Namespace, found: Rounds) -> list[dict[str, Any]]:
+    """Each rung of the ladder beside the one before it; the first beside the script."""
+    import ladder
+
+    names = list(found)
+    return [
+        {
+            "rung": said,
+            "images_per_s": rate(options, found[name]),
+            "before": rate(options, found[before]),
+            "gain": ratio(found, name, before, "clock_s"),
+            "cpu_gain": ratio(found, name, before, "cpu_s"),
+            "ratio": ratio(found, name, "peer", "clock_s"),
+            "mfu": found[name][-1].get("mfu"),
+        }
+        for (said, _), before, name in zip(ladder.climb(options), names, names[1:], strict=False)
+    ]
+
+
+def table(figures: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of RESULTS.md: the claim, then the ladder's rungs, each against the one before it."""
+    what, _, against = figures["claim"].partition("; ")
+    made = [{name: figures[name] for name in COLUMNS}]
+    for number, rung in enumerate(figures.get("ladder", [])):
+        peer = "the rung before" if number else against.rpartition(" against ")[2]
+        claim = f"{what}; ladder {number}: {rung['rung']}, against {peer}"
+        made.append({**made[0], "claim": claim, "ours": rung["images_per_s"], "peer": rung["before"], "ratio": rung["gain"]})
+    return made
 
 
 def on_accelerator(options: argparse.Namespace, found: Rounds) -> dict[str, Any]:
@@ -371,6 +402,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--record", action="store_true", help="append a row to bench/RESULTS.md")
     parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
+    parser.add_argument("--off", action="append", default=[], help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
@@ -381,7 +413,8 @@ def main() -> None:
         return
     if not options.scaling and (options.script is None or not options.script.is_file()):
         parser.error(f"--script {options.script}: give the path of train_text_to_image.py in a checkout of diffusers")
-    report(scaling(options) if options.scaling else measure(options), options.record)
+    figures = scaling(options) if options.scaling else measure(options)
+    report(figures, options.record, table(figures))
 
 
 if __name__ == "__main__":

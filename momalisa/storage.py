@@ -261,35 +261,56 @@ class Store:
         return self._fs.open(self._full(path), "rb", **({} if self.is_local else {"cache_type": "none"}))
 
     def upload(self, directory: Path, folder: str) -> dict[str, str]:
-        """Copy a local directory in; returns {relative name: sha256}."""
+        """Copy a local directory in, no file whole in memory; returns {relative name: sha256}."""
         hashes = {}
         for file in sorted(path for path in directory.rglob("*") if path.is_file()):
-            data = file.read_bytes()
             name = file.relative_to(directory).as_posix()
-            hashes[name] = hashlib.sha256(data).hexdigest()
-            self.write_bytes(f"{folder}/{name}", data)
+            hashes[name] = _sha256(file)
+            self._send(file, f"{folder}/{name}")
         return hashes
 
-    def download(self, folder: str, hashes: dict[str, str], directory: Path) -> Path:
-        """Copy named files out, checking each hash; files already there and right are kept.
+    def _send(self, source: Path, path: str) -> None:
+        """Copy a file in. Raises StorageError as `write_bytes` does."""
+        target = self._full(path)
+        if not self.is_local:
+            try:
+                self._ask(lambda: self._fs.put_file(str(source), target))
+            except FileNotFoundError as error:
+                raise StorageError(f"{self.url(path)} cannot be written: there is no such bucket; create it first") from error
+            return
+        with _replacing(target, source.stat().st_size) as hidden:
+            shutil.copyfile(source, hidden)
+            with open(hidden, "rb") as file:
+                os.fsync(file.fileno())
 
-        Raises ValueError naming the file whose content is not what its manifest says.
+    def download(self, folder: str, hashes: dict[str, str], directory: Path) -> Path:
+        """Copy named files out, none whole in memory, checking each hash; files already there and right are kept.
+
+        Raises ValueError naming the file whose content is not what its manifest says, and FileNotFoundError with its address.
         """
         for name, expected in hashes.items():
             target = directory / name
-            if target.exists() and hashlib.sha256(target.read_bytes()).hexdigest() == expected:
-                continue
-            data = self.read_bytes(f"{folder}/{name}")
-            actual = hashlib.sha256(data).hexdigest()
-            if actual != expected:
-                raise ValueError(
-                    f"{self.url(f'{folder}/{name}')} has sha256 {actual[:16]}..., its manifest says {expected[:16]}..."
-                )
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
-            partial.write_bytes(data)
-            os.replace(partial, target)
+            if not target.exists() or _sha256(target) != expected:
+                self._bring(f"{folder}/{name}", expected, target)
         return directory
+
+    def _bring(self, path: str, expected: str, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
+        try:
+            self._ask(lambda: self._fs.get_file(self._full(path), str(partial)))
+            if (actual := _sha256(partial)) != expected:
+                raise ValueError(f"{self.url(path)} has sha256 {actual[:16]}..., its manifest says {expected[:16]}...")
+            os.replace(partial, target)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{self.url(path)} does not exist") from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def side_by_side(function: Callable[[Item], Value], items: Iterable[Item], at_a_time: int = READERS) -> Iterator[Value]:

@@ -1,7 +1,8 @@
 """Weights & Biases and TensorBoard: metrics, pictures and the promoted model. Never in the way of the work.
 
 W&B is offline without a key, and goes on offline where its server does not answer: `wandb sync` brings the files there later,
-from <root>/wandb, or where the root is a bucket from a copy of <root>/wandb/<run>, which is written when the job ends.
+from <root>/wandb, or where the root is a bucket from <root>/wandb/<run>, which is written when the job ends. W&B writes down
+where on this machine the files of pictures and models are staged: so they lie beside the run, and are brought back to that place.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from momalisa.config import Settings
 from momalisa.redaction import redacted
 from momalisa.storage import Store
 
+STAGING = "WANDB_DATA_DIR"  # where W&B looks for the folder in which it stages files
 FINISH_S = 60.0  # for uploads at the end; what is not done by then stays on disk for `wandb sync`
 EVALUATION = "evaluation"
 
@@ -101,6 +103,8 @@ class WandbRun:
             "resume": "allow",
             "config": redacted(settings.model_dump(mode="json")),
         }
+        beside = mode(settings) != "disabled"
+        self._staged_before = stage(str(self.directory / "wandb") if beside else os.environ.get(STAGING))
         self._run = self._init(mode(settings))
         self._run.define_metric("images_seen")
         self._run.define_metric("*", step_metric="images_seen")
@@ -155,22 +159,29 @@ class WandbRun:
 
     def finish(self) -> None:
         self._run.finish()
+        stage(self._staged_before)
         if self._bucket is not None and self._run.offline:
             self._wandb.teardown()  # W&B's own process writes its last lines when it ends
             self._carry(self._bucket)
 
     def _carry(self, bucket: Store) -> None:
-        """Bring an offline run's files from this machine to <root>/wandb/<run>: all but what W&B stages in a folder of its own,
-        the files of pictures and models."""
-        folder = f"wandb/{self._begin['name']}"
-        for written in (self.directory / "wandb").glob("offline-run-*"):
-            bucket.upload(written, f"{folder}/{written.name}")
+        """Bring an offline run, and what it has staged, from this machine to <root>/wandb/<run>/<its folder here>."""
+        folder, here = f"wandb/{self._begin['name']}/{self.directory.name}", self.directory.parent
+        for part in (self.directory / "wandb").iterdir():
+            if part.is_dir() and not part.is_symlink():  # W&B's links say which run is the latest
+                bucket.upload(part, f"{folder}/wandb/{part.name}")
+        fetch = f"mkdir -p {here} && gcloud storage cp -r {bucket.url(folder)} {here}"
+        how = f"`{fetch} && wandb sync {self.directory}/wandb/offline-run-*`"
+        bucket.write_bytes(f"{folder}/README", f"{how}\n".encode())
         shutil.rmtree(self.directory)
-        print(
-            f"W&B: this offline run is in {bucket.url(folder)}; bring it to the server with `gcloud storage cp -r "
-            f"{bucket.url(folder)} . && wandb sync {self._begin['name']}/offline-run-*`",
-            flush=True,
-        )
+        print(f"W&B: this offline run is in {bucket.url(folder)}; bring it to the server with {how}", flush=True)
+
+
+def stage(folder: str | None) -> str | None:
+    """Have W&B stage files in a folder (None: where it does by itself); returns where it did before."""
+    before = os.environ.pop(STAGING, None)
+    os.environ |= {STAGING: folder} if folder is not None else {}
+    return before
 
 
 class Board:

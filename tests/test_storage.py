@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -79,6 +80,30 @@ def test_upload_and_download(store: Store, tmp_path: Path) -> None:
     (target / "a.txt").write_bytes(b"half")  # not what it was: it is fetched again
     store.download("weights", hashes, target)
     assert (target / "a.txt").read_bytes() == b"a"
+
+
+def test_no_file_is_whole_in_memory(tmp_path: Path) -> None:
+    """A trainer's state is 13 GiB."""
+    store, size = Store(str(tmp_path / "store")), 64 << 20
+    (tmp_path / "source").mkdir()
+    with open(tmp_path / "source" / "state", "wb") as file:
+        file.truncate(size)
+    tracemalloc.start()
+    try:
+        hashes = store.upload(tmp_path / "source", "state")
+        store.download("state", hashes, tmp_path / "target")
+        store.download("state", hashes, tmp_path / "target")  # looked at again, and kept
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "target" / "state").stat().st_size == size
+    assert peak < size / 4
+
+
+def test_a_file_that_is_gone_is_named_with_its_address(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=rf"{store.root}/weights/gone does not exist"):
+        store.download("weights", {"gone": "0" * 64}, tmp_path)
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_download_names_the_file_that_is_not_what_its_manifest_says(store: Store, tmp_path: Path) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
+import os
+import shutil
 import socket
 import struct
 import sys
@@ -73,6 +77,16 @@ def history(found: list[Any]) -> list[dict[str, Any]]:
     return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row.item} for row in rows]
 
 
+def to_send(found: list[Any]) -> dict[str, Path]:
+    """What `wandb sync` would send of a run's artifacts: name -> file, each looked at where W&B wrote down that it is."""
+    artifacts = [record.request.log_artifact.artifact for record in found if record.request.HasField("log_artifact")]
+    artifacts += [record.artifact for record in found if record.WhichOneof("record_type") == "artifact"]
+    entries = [entry for artifact in artifacts for entry in artifact.manifest.contents]
+    for entry in entries:
+        assert entry.digest == base64.b64encode(hashlib.md5(Path(entry.local_path).read_bytes()).digest()).decode(), entry.path
+    return {entry.path: Path(entry.local_path) for entry in entries}
+
+
 def follow(settings: Settings, folder: Path) -> None:
     tracker = Tracker(settings, "demo-1", "train")
     for images in (32, 64):
@@ -104,6 +118,9 @@ def test_without_a_key_everything_is_in_the_offline_run(settings: Settings, tmp_
     assert json.loads(by_type["model"].metadata)["checkpoint"] == "demo-1@64"
     everything = b"".join(record.SerializeToString() for record in found)
     assert b"museum.example/works.csv" in everything
+    files = to_send(found)
+    assert len(files) == 5  # a version, a model, a table and its pictures
+    assert all(file.is_relative_to(tmp_path / "wandb") for file in files.values())
     assert b"hunter2" not in everything
     assert b"signature=abc" not in everything
 
@@ -115,17 +132,27 @@ def test_an_offline_run_beside_a_bucket_is_brought_there(
     (tmp_path / "node").mkdir()
     root = f"memory://{uuid.uuid4().hex}/moma"
     follow(settings.model_copy(update={"root": root}), tmp_path / "weights")
+    assert "WANDB_DATA_DIR" not in os.environ
     store = Store(root)
-    assert not list((tmp_path / "node").glob("momalisa-wandb-*"))
-    said = capsys.readouterr().out
-    assert f"gcloud storage cp -r {root}/wandb/demo-1 . && wandb sync demo-1/offline-run-*" in said
-    for path in store.list("wandb/demo-1"):
-        copy = tmp_path / "copy" / path.replace("wandb/demo-1/", "wandb/")
+    (readme,) = (path for path in store.list("wandb/demo-1") if path.endswith("/README"))
+    folder, name = readme.removesuffix("/README"), readme.split("/")[-2]
+    here = tmp_path / "node"
+    how = f"`mkdir -p {here} && gcloud storage cp -r {root}/{folder} {here} && wandb sync {here}/{name}/wandb/offline-run-*`"
+    assert how in capsys.readouterr().out
+    assert store.read_bytes(readme).decode() == f"{how}\n"
+    assert not list(here.glob("momalisa-wandb-*"))
+    shutil.rmtree(here)  # the node is given back; another machine does as it is told
+    for path in store.list(folder):
+        copy = here / name / path.removeprefix(f"{folder}/")
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(store.read_bytes(path))
-    found = records(tmp_path / "copy")
+    found = records(here / name)
     assert [row["images_seen"] for row in history(found) if "loss" in row] == [32, 64]
     assert any(record.WhichOneof("record_type") == "exit" for record in found)  # whole when it was brought
+    assert set(to_send(found)) >= {"weights.bin", "version.txt", "evaluation.table.json"}
+    assert sum(path.startswith("media/images/") for path in to_send(found)) == 2
+    (table,) = (row["evaluation/path"] for row in history(found) if "evaluation/path" in row)
+    assert list((here / name).glob(f"wandb/offline-run-*/files/{table}"))
 
 
 def test_a_server_that_does_not_answer_means_offline_and_one_message(

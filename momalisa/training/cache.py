@@ -11,12 +11,10 @@ import contextlib
 import fcntl
 import hashlib
 import math
-import os
-import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +22,7 @@ import torch
 
 from momalisa.dataset import Dataset
 from momalisa.records import OK
+from momalisa.training import node
 
 
 @dataclass(frozen=True)
@@ -112,20 +111,15 @@ class Taken(Sequence[torch.Tensor]):
         return self.whole[self.indices[index]]
 
 
-def default_folder() -> Path:
-    return Path(tempfile.gettempdir()) / f"momalisa-{os.getuid()}"
-
-
-def load(dataset: Dataset, tables: Sequence[str], folder: Path | None = None) -> LatentCache:
+def load(dataset: Dataset, tables: Sequence[str], folder: Path) -> LatentCache:
     """Every good row of some latents tables. The first process of a node fetches them; the others wait and share its file.
 
     Files of other tables that no process uses any more are removed. Raises ValueError where there is no good row, and
     OSError where the disk is full.
     """
-    folder = folder or default_folder()
     folder.mkdir(parents=True, exist_ok=True)
     name = hashlib.sha256("\n".join([dataset.store.root, *sorted(tables)]).encode()).hexdigest()[:24]
-    with _locked(folder / "lock"):
+    with node.locked(folder / "lock"):
         index = folder / f"{name}.parquet"
         if not index.exists():
             _sweep(folder)
@@ -168,11 +162,3 @@ def _sweep(folder: Path) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.with_suffix(".parquet").unlink(missing_ok=True)
             path.unlink()
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[IO[bytes]]:
-    """Inside, no other process of this node is."""
-    with open(path, "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield file

@@ -7,9 +7,9 @@ samples, their noise and the mean loss of a step are the same at any number of w
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -25,7 +25,8 @@ from momalisa.checkpoint import Checkpoint
 from momalisa.config import Diffusion, Train
 from momalisa.diffusion import Schedule, loss_per_sample
 from momalisa.latents import Autoencoder, TextEncoder
-from momalisa.storage import StorageError, Store
+from momalisa.storage import StorageError, Store, canonical_json
+from momalisa.training import node
 from momalisa.training import optimizer as optimizers
 from momalisa.training import state as trainer_state
 from momalisa.training.batches import Batches, Pass, Texts
@@ -93,17 +94,17 @@ class Trainer:
             denoiser.unet.to(memory_format=self.layout)
         denoiser.unet.train()
         self.trained = denoiser.trained()
-        self.ema = Ema(self.trained.items(), settings.ema_decay)  # in the weights' layout
-        self.powers = {sigma: PowerEma(self.trained.items(), sigma) for sigma in STORED} if settings.power_ema else {}
         optimizer = optimizers.build(settings, self.trained.values())
         self.denoiser, self.optimizer = self.accelerator.prepare(denoiser, optimizer)
         self.bare = denoiser
+        self.ema = Ema(self.trained.items(), settings.ema_decay)  # where the weights are now, and laid out as they are
+        self.powers = {sigma: PowerEma(self.trained.items(), sigma) for sigma in STORED} if settings.power_ema else {}
+        if settings.ema_offload:
+            for average in (self.ema, *self.powers.values()):
+                average.to(torch.device("cpu"))
         if settings.gradient_compression == "bf16" and workers > 1:
             compress(self.denoiser)
         self.prior = Prior(denoiser, settings, dtype) if settings.prior_weight else None
-        if not settings.ema_offload:
-            for average in (self.ema, *self.powers.values()):
-                average.to(self.device)
         self.progress = self._resume()
         if not self.progress.workers or self.progress.workers[-1][1] != self.accelerator.num_processes:
             self.progress.workers.append((self.progress.images_seen, self.accelerator.num_processes))
@@ -153,38 +154,45 @@ class Trainer:
 
         Raises OSError where another process cannot read that one.
         """
-        with tempfile.TemporaryDirectory(prefix="momalisa-") as scratch:
-            folder = Path(scratch)
-            (chosen,) = broadcast_object_list([self._newest(folder) if self.accelerator.is_main_process else None])
+        with contextlib.ExitStack() as held:
+            mine = self._newest(held) if self.accelerator.is_main_process else None
+            (chosen,) = broadcast_object_list([mine and mine[0]])
             if chosen is None:
                 return Progress()
-            if not self.accelerator.is_main_process:
-                self._fetch(chosen, folder)
+            folder = mine[1] if mine else self._fetch(chosen, held)
             progress = trainer_state.restore(folder, self.trained, self.ema, self._bare_optimizer, self.powers)
+            self.accelerator.wait_for_everyone()  # whoever came after the last had left would download it again
         if progress.scaler and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(progress.scaler)
         if self.run.train.early_stop_patience is None:
             progress.stopped = False
         return progress
 
-    def _newest(self, folder: Path) -> Checkpoint | None:
-        """The newest whole one, its state downloaded; one that is not is passed over and said."""
+    def _newest(self, held: contextlib.ExitStack) -> tuple[Checkpoint, Path] | None:
+        """The newest whole one, and where its state is; one that is not is passed over and said."""
         for saved in reversed(checkpoints.read_all(self.run.store, self.run.name)):
             if not saved.state:
                 continue
             try:
-                self.run.store.download(f"{saved.path}/state", saved.state, folder)
-                return saved
+                return saved, held.enter_context(self._folder(saved))
             except StorageError:  # nothing is known of the checkpoint
                 raise
             except (ValueError, FileNotFoundError) as error:
                 print(f"train: {error}; going on from the checkpoint before", flush=True)
         return None
 
-    def _fetch(self, chosen: Checkpoint, folder: Path) -> None:
-        """Download the state of the main process's choice. Raises OSError."""
+    def _folder(self, saved: Checkpoint) -> contextlib.AbstractContextManager[Path]:
+        """A checkpoint's trainer state in a folder of this node: one process downloads it, all map it."""
+        return node.shared(
+            node.folder(self.run.train.cache_dir) / "states",
+            hashlib.sha256(canonical_json(saved.state)).hexdigest()[:24],
+            lambda place: self.run.store.download(f"{saved.path}/state", saved.state, place),
+        )
+
+    def _fetch(self, chosen: Checkpoint, held: contextlib.ExitStack) -> Path:
+        """Where the state of the main process's choice is. Raises OSError."""
         try:
-            self.run.store.download(f"{chosen.path}/state", chosen.state, folder)
+            return held.enter_context(self._folder(chosen))
         except (ValueError, FileNotFoundError) as error:
             raise OSError(
                 f"worker {self.accelerator.process_index} cannot read the checkpoint from which worker 0 goes on ({error}); "
@@ -249,12 +257,12 @@ class Trainer:
         asked = torch.tensor(float(self.events.ending()), device=self.device)
         if not float(self.accelerator.reduce(asked, reduction="sum")):
             return
-        failure = None
+        failure = ""
         if self.accelerator.is_main_process:
             self._save()
             self.writer.settle()
-            failure, self.writer.failure = self.writer.failure, None  # said below
-        (lost,) = broadcast_object_list([failure and f"{type(failure).__name__}: {failure}"])
+            failure, self.writer.failure = self.writer.failure, ""  # said below
+        (lost,) = broadcast_object_list([failure])
         seen, there = f"{self.progress.images_seen} images seen", "the same command goes on from"
         raise Interrupted(f"{seen}, but no checkpoint of them ({lost}); {there} the last" if lost else f"{seen}; {there} there")
 

@@ -189,14 +189,29 @@ def table(settings: Settings) -> str:
     found = estimate(settings)
     lines = [f"{field.name:14} {getattr(found, field.name):6.2f} GiB" for field in dataclasses.fields(found)]
     exchanged = f"{'exchanged':14} {gradient_bytes(settings) / 1e6:6.1f} MB of gradients a step, where there are several workers"
-    return "\n".join([*lines, f"{'peak':14} {found.peak:6.2f} GiB", exchanged])
+    written = (
+        f"{'checkpoint':14} {checkpoint_bytes(settings) / GIB:6.2f} GiB of the machine's memory, worker 0's, while one is written"
+    )
+    return "\n".join([*lines, f"{'peak':14} {found.peak:6.2f} GiB", exchanged, written])
 
 
 def gradient_bytes(settings: Settings) -> int:
     """What each worker sends and receives of gradients in a step, before the all-reduce's own factor 2 (n - 1) / n."""
+    return _taught(settings) * (2 if settings.train.gradient_compression == "bf16" else 4)
+
+
+def checkpoint_bytes(settings: Settings) -> int:
+    """The one copy that is written beside training: weights, averages and the optimizer's moments of what is trained."""
+    train = settings.train
+    averages = 1 + len(STORED) * train.power_ema
+    return _taught(settings) * (4 + 4 * averages + (2 if train.optimizer == "adamw8bit" else 8))
+
+
+def _taught(settings: Settings) -> int:
+    """How many numbers of the UNet are trained."""
     with torch.device("meta"):
         taught = trainable(build(unet_config(settings.diffusion)), settings.train)
-    return sum(value.numel() for value in taught.values()) * (2 if settings.train.gradient_compression == "bf16" else 4)
+    return sum(value.numel() for value in taught.values())
 
 
 def main() -> None:

@@ -39,6 +39,12 @@ def restore(optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Par
         key, name = place.split("/", 1)
         parameter = parameters[name]
         number = key == "step" and not isinstance(optimizer, torch.optim.AdamW)
-        if value.shape == parameter.shape:
-            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-        optimizer.state[parameter][key] = int(value) if number else value.to(parameter.device)
+        optimizer.state[parameter][key] = int(value) if number else _beside(parameter, value)
+
+
+def _beside(parameter: torch.nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+    """A copy on a parameter's device. Moments get its strides (channels_last beside a GPU): kernels that take a whole step go
+    through both as they lie in memory."""
+    if value.shape != parameter.shape:
+        return value.to(parameter.device, copy=True)
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
-from pathlib import Path
 
 from momalisa.captioner import captioner_id
 from momalisa.checkpoint import Checkpoint
@@ -14,6 +13,7 @@ from momalisa.latents import encoder_id
 from momalisa.records import OK
 from momalisa.storage import Store
 from momalisa.training import cache as caches
+from momalisa.training import node
 from momalisa.training import split as splits
 from momalisa.training.cache import LatentCache
 from momalisa.training.loop import Run
@@ -107,8 +107,7 @@ def complete(settings: Settings, found: Sequence[Checkpoint]) -> bool:
 
 def split(settings: Settings, planned: Plan) -> tuple[LatentCache, LatentCache]:
     """The run's works: (training, held out)."""
-    folder = Path(settings.train.cache_dir) if settings.train.cache_dir else None
-    works = caches.load(Dataset(settings.dataset), planned.tables, folder)
+    works = caches.load(Dataset(settings.dataset), planned.tables, node.folder(settings.train.cache_dir))
     return works.without({*planned.left_out, *planned.held_out}), works.only(set(planned.held_out))
 
 

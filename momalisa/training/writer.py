@@ -40,10 +40,10 @@ class Writer:
         self.store, self.settings, self.said = store, settings, said
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._waiting: Future[Checkpoint] | None = None
-        self.failure: Exception | None = None  # of the last snapshot, if it could not be written
+        self.failure = ""  # what kept the last snapshot from being written; no exception, whose frames would hold the snapshot
 
     def submit(self, snapshot: Snapshot) -> None:
-        """Begin to write; waits first for the one before, so that two copies are in memory at most."""
+        """Begin to write; waits first for the one before."""
         self.settle()
         self._waiting = self._thread.submit(self._write, snapshot)
 
@@ -52,23 +52,19 @@ class Writer:
         if self._waiting is None:
             return
         waiting, self._waiting = self._waiting, None
-        try:
-            written = waiting.result()
-        except Exception as error:  # each storage has its own; the loss is one checkpoint
-            self.failure = error
-            print(f"train: a checkpoint could not be written ({type(error).__name__}: {error}); going on", flush=True)
+        error = waiting.exception()  # each storage has its own; the loss is one checkpoint
+        self.failure = f"{type(error).__name__}: {error}" if error is not None else ""
+        if self.failure:
+            print(f"train: a checkpoint could not be written ({self.failure}); going on", flush=True)
             return
-        self.failure = None
-        self.said(written)
+        self.said(waiting.result())
 
     def close(self) -> None:
         """Wait, and raise what kept the last snapshot from being written. Raises OSError."""
         self.settle()
         self._thread.shutdown()
-        if self.failure is not None:
-            raise OSError(
-                f"the last checkpoint could not be written: {self.failure}; free space and start again"
-            ) from self.failure
+        if self.failure:
+            raise OSError(f"the last checkpoint could not be written: {self.failure}; free space and start again")
 
     def _write(self, snapshot: Snapshot) -> Checkpoint:
         with tempfile.TemporaryDirectory(prefix="momalisa-") as scratch:

@@ -11,6 +11,8 @@ import torch
 from momalisa.checkpoint import load_base_unet
 from momalisa.config import Diffusion, Settings, Train, from_file
 from momalisa.training import memory
+from momalisa.training.loop import Events, Trainer
+from tests.training.test_options import run_of
 
 HOME = Path(__file__).parents[2]
 
@@ -49,6 +51,16 @@ def test_averages_of_power_functions_are_two_more() -> None:
         for options in ((), ("power_ema",), ("power_ema", "ema_offload"))
     )
     assert (more, away) == (pytest.approx(3 * plain), 0)
+
+
+def test_the_copy_from_which_a_checkpoint_is_written(tiny_base: Path, tmp_path: Path) -> None:
+    assert memory.checkpoint_bytes(settings("sd14.yaml")) == 16 * 859_520_964
+    assert memory.checkpoint_bytes(settings("sd14-24gb.yaml", "--train.power_ema=true")) == 18 * 859_520_964
+    run = run_of(tiny_base, tmp_path, power_ema=True)
+    trainer = Trainer(run, Events())
+    trainer.step()
+    held = sum(value.nbytes for value in trainer.snapshot().state.values() if value.dim())
+    assert held == memory.checkpoint_bytes(Settings(diffusion=run.diffusion, train=run.train))
 
 
 def test_gradients_that_workers_exchange() -> None:
@@ -107,10 +119,11 @@ def test_an_early_stop_has_a_second_model_between_steps(tiny_base: Path) -> None
 def test_the_table_adds_up(tiny_base: Path) -> None:
     made = Settings(diffusion=Diffusion(model=str(tiny_base)), train=Train(workers=1))
     lines = memory.table(made).splitlines()
-    assert [line.split()[0] for line in lines][-2:] == ["peak", "exchanged"]
-    peak, exchanged = (float(line.split()[1]) for line in lines[-2:])
+    assert [line.split()[0] for line in lines][-3:] == ["peak", "exchanged", "checkpoint"]
+    peak, exchanged, written = (float(line.split()[1]) for line in lines[-3:])
     assert peak == pytest.approx(memory.estimate(made).peak, abs=0.01)
     assert exchanged == pytest.approx(memory.gradient_bytes(made) / 1e6, abs=0.1)
+    assert written == pytest.approx(memory.checkpoint_bytes(made) / memory.GIB, abs=0.01)
 
 
 def test_every_option_is_documented() -> None:

@@ -52,20 +52,27 @@ from momalisa.training import loop
 from momalisa.training.loop import Events, Interrupted, Trainer
 from momalisa.training.writer import Writer
 
-def asked(rank):  # the second process is asked to end; a checkpoint takes a second to be written
+def asked(rank, scratch):  # the second process is asked to end; a checkpoint takes a second to be written
     write = Writer._write
     Writer._write = lambda *arguments: time.sleep(1) or write(*arguments)
     return Events(ending=lambda: rank == 1)
 
-def behind(rank):  # the second process does not see the newest checkpoint yet
-    read_all = loop.checkpoints.read_all
+def behind(rank, scratch):  # the second process does not see the newest checkpoint yet, and is late; downloads are noted
+    read_all, download, shared = loop.checkpoints.read_all, Store.download, loop.node.shared
+    def noted(store, folder, *arguments):
+        with open(scratch / "downloads", "a") as file:
+            file.write(folder + "\\n")
+        return download(store, folder, *arguments)
+    Store.download = noted
     if rank:
         loop.checkpoints.read_all = lambda *arguments: read_all(*arguments)[:-1]
+        loop.node.shared = lambda *arguments: time.sleep(1) or shared(*arguments)
     return Events()
 
-def elsewhere(rank):  # the second process has another disk
+def elsewhere(rank, scratch):  # the second process has another disk
     if rank:
-        Store.read_bytes = lambda store, path: open(store.root + "/elsewhere/" + path, "rb").read()
+        Store._full = lambda store, path: store.root + "/elsewhere/" + path
+        loop.node.folder = lambda chosen: scratch / "elsewhere"
     return Events()
 
 def work(scratch, workers, rank, port, part):
@@ -73,7 +80,7 @@ def work(scratch, workers, rank, port, part):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo")
     run = pickle.loads((scratch / "run.pickle").read_bytes())
-    trainer = Trainer(run, globals()[part](rank) if part else Events(), workers=workers)
+    trainer = Trainer(run, globals()[part](rank, scratch) if part else Events(), workers=workers)
     at, seen = trainer.batches.at, {}
     def noted(images_seen):
         parts = at(images_seen)
@@ -217,7 +224,9 @@ def test_a_group_goes_on_from_a_checkpoint_bit_by_bit(run: Run, group: Groups, t
 
 
 def test_all_go_on_from_the_checkpoint_that_the_first_has_chosen(run: Run, group: Groups, tmp_path: Path) -> None:
-    """One sees the newest later than the others, as over a network; one does not reach the store at all."""
+    """One sees the newest later than the others, as over a network; one does not reach the store at all. Those of a node have one
+    download, however late one of them is."""
+    run = changed(run, cache_dir=str(tmp_path / "cache"))
     whole, _ = group(run, 2, tmp_path / "whole")
     for part in ("behind", "elsewhere"):
         place = tmp_path / part
@@ -227,6 +236,8 @@ def test_all_go_on_from_the_checkpoint_that_the_first_has_chosen(run: Run, group
         if part == "behind":
             losses, works = group(again, 2, tmp_path / f"{part}-group", part)
             assert (losses, min(works)) == (whole, 24)
+            assert (tmp_path / f"{part}-group" / "downloads").read_text() == f"checkpoints/{run.name}/000000024/state\n"
+            assert [path.name for path in (tmp_path / "cache" / "states").iterdir()] == ["lock"]
         else:
             assert 0 not in group.ends(again, 2, tmp_path / f"{part}-group", part)
             said = (tmp_path / f"{part}-group" / "1.error").read_text()

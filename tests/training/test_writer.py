@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,31 @@ def test_what_is_written_is_said_although_the_older_ones_cannot_be_deleted(
     said = capsys.readouterr().out
     assert "older checkpoints could not be deleted (PermissionError: objects may not be deleted here)" in said
     assert "could not be written" not in said
+
+
+def test_a_snapshot_that_could_not_be_written_is_let_go_of(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At full size it is 13 GiB, and the next one is copied while its failure is still known."""
+    trainer = Trainer(run_of(tiny_base, tmp_path), Events())
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(writer, "save_trained", full)
+    snapshot = trainer.snapshot()
+    kept = [weakref.ref(value) for value in snapshot.state.values()]
+    gc.disable()
+    try:
+        trainer.writer.submit(snapshot)
+        del snapshot
+        trainer.writer.settle()
+        assert trainer.writer.failure == "OSError: no space left"
+        assert not any(one() is not None for one in kept)
+    finally:
+        gc.enable()
+    with pytest.raises(OSError, match="could not be written: OSError: no space left; free space and start again"):
+        trainer.writer.close()
 
 
 def test_whoever_is_asked_to_stop_sees_the_checkpoint_before(
