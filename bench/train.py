@@ -3,7 +3,7 @@
     python bench/train.py --script ../diffusers/examples/text_to_image/train_text_to_image.py
     python bench/train.py --script ... --peer-precision fp32 --compile --record
     python bench/train.py --script ... --peer-precision fp32 --compile --ladder --record         # what each optimisation adds
-    python bench/train.py --script ... --size sd14 --batch 16 --micro-batch 4 --compile --ladder --record     # on a GPU
+    python bench/train.py --script ... --size sd14 --batch 16 --micro-batch 4 --compile --ladder --rounds 1 --record   # on a GPU
     python bench/train.py --scaling                                                             # 2 workers against 1
 
 The script is read from a checkout of diffusers (0.42 or its main branch); it wants torchvision. Each side runs as a program
@@ -12,11 +12,11 @@ process's processor seconds; the first `--warmup` steps (loading, compiling) are
 over the rounds; `cpu_ratio` is the same ratio of processor seconds, for machines that are busy with other things too. Ours
 trains on latents that were encoded before, as the encode job does; the script encodes each picture with the VAE at every step.
 `--ladder` begins with what the script does at every step (VAE and text encoder, fp32) and switches our optimisations on one
-after another (bench/ladder.py), each in a process of its own, in every round; the last is what the other options ask for. Its
-rows have the images/s with a rung and with the one before, and their ratio. `--size sd14` is Stable Diffusion 1.4's
-architecture at 512x512 with random weights; in fp32 it needs `--micro-batch 4` to fit 80 GB (both sides accumulate gradients
-then). On a GPU the line has both sides' peak memory, as PyTorch's allocator saw it, beside what momalisa/training/memory.py
-computes for ours (with CUDA's context), and both sides' MFU.
+after another (bench/ladder.py), each in a process of its own, in every round; the last is what the other options ask for, and
+one that fails is left out. Its rows have the images/s with a rung and with the one before, and their ratio. `--size sd14` is
+Stable Diffusion 1.4's architecture at 512x512 with random weights; in fp32 it needs `--micro-batch 4` to fit 80 GB (both sides
+accumulate gradients then). On a GPU the line has both sides' peak memory, as PyTorch's allocator saw it, beside what
+momalisa/training/memory.py computes for ours (with CUDA's context), and both sides' MFU.
 
 On a busy machine take `--threads 1`: idle threads that wait for others count as processor seconds. The last line printed is
 one JSON object.
@@ -186,6 +186,7 @@ def ours(options: argparse.Namespace) -> None:
             return made
 
         trainer.snapshot = timed  # type: ignore[method-assign]
+        trainer.writer.submit = lambda snapshot: None  # type: ignore[method-assign]  # steps never wait for the disk
         trainer.train()
     print(json.dumps(marks.step() | {key: said[key] for key in FIGURES if key in said} | accelerator_memory()))
 
@@ -233,6 +234,10 @@ def peer_command(options: argparse.Namespace, scratch: Path) -> list[str]:
     return [sys.executable, str(HERE), *how, *listed, "--use_ema", "--foreach_ema"]
 
 
+class Failed(Exception):
+    """A side's process; the message has the end of what it said."""
+
+
 def program(side: str, options: argparse.Namespace, scratch: Path) -> dict[str, float]:
     """Run one side: seconds of a step by the clock and of processors, and what else our side says."""
     line = our_command(options) if side == "ours" else peer_command(options, scratch)
@@ -250,7 +255,7 @@ def program(side: str, options: argparse.Namespace, scratch: Path) -> dict[str, 
     codes = [process.wait() for process in processes]
     printed = [(scratch / f"{side}-{rank}.log").read_text() for rank in range(workers)]
     if any(codes):
-        raise SystemExit(f"{side} failed:\n" + "\n".join(text[-3000:] for text in printed))
+        raise Failed(f"{side} failed:\n" + "\n".join(text[-3000:] for text in printed))
     found: dict[str, float] = json.loads(printed[0].strip().splitlines()[-1])
     return found
 
@@ -264,14 +269,23 @@ def prepare(options: argparse.Namespace, scratch: Path) -> None:
 
 
 Rounds = dict[str, list[dict[str, float]]]
+RUNG = "ours: "  # begins the name of a side that is a rung of the ladder
 
 
 def rounds(options: argparse.Namespace, sides: dict[str, argparse.Namespace], scratch: Path) -> Rounds:
-    """Every side once a round, its name beginning with `ours` or `peer`."""
+    """Every side once a round, its name beginning with `ours` or `peer`. A rung that fails (memory may be too small for fp32)
+    is said and left out; without the others there is nothing to compare."""
     found: Rounds = {name: [] for name in sides}
     for turn in range(options.rounds):
-        for name, chosen in sides.items():
-            told = program(name.split()[0], chosen, scratch)
+        for name in list(found):
+            try:
+                told = program("peer" if name == "peer" else "ours", sides[name], scratch)
+            except Failed as failed:
+                if not name.startswith(RUNG):
+                    raise SystemExit(str(failed)) from None
+                print(f"round {turn + 1}: {name}: left out: {failed}", file=sys.stderr, flush=True)
+                del found[name]
+                continue
             found[name].append(told)
             said = {key: round(value, 4) for key, value in told.items()}
             print(f"round {turn + 1}: {name}: {options.batch / told['clock_s']:.1f} images/s {said}", file=sys.stderr, flush=True)
@@ -292,7 +306,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     import ladder
 
     rungs = ladder.climb(options)[:-1] if options.ladder else []
-    sides = {"peer": options, **{f"ours {said}": chosen for said, chosen in rungs}, "ours": options}
+    sides = {"peer": options, "ours": options, **{RUNG + said: chosen for said, chosen in rungs}}
     with tempfile.TemporaryDirectory() as folder:
         prepare(options, Path(folder))
         for one in sides.values():
@@ -308,18 +322,27 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "peer": rate(options, found["peer"]),
         "ratio": ratio(found, "ours", "peer", "clock_s"),
         "cpu_ratio": ratio(found, "ours", "peer", "cpu_s"),
-        "hardware": f"{options.threads} threads of {os.cpu_count()} x {processor()}",
+        "hardware": hardware(options),
         **{key: round(last[key], 4) for key in FIGURES if key in last},
         **on_accelerator(options, found),
         **({"ladder": gains(options, found)} if options.ladder else {}),
     }
 
 
+def hardware(options: argparse.Namespace) -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return f"{options.threads} threads of {os.cpu_count()} x {processor()}"
+
+
 def gains(options: argparse.Namespace, found: Rounds) -> list[dict[str, Any]]:
     """Each rung of the ladder beside the one before it; the first beside the script."""
     import ladder
 
-    names = list(found)
+    *below, (top, _) = ladder.climb(options)
+    named = [(said, RUNG + said) for said, _ in below if RUNG + said in found] + [(top, "ours")]
     return [
         {
             "rung": said,
@@ -330,7 +353,7 @@ def gains(options: argparse.Namespace, found: Rounds) -> list[dict[str, Any]]:
             "ratio": ratio(found, name, "peer", "clock_s"),
             "mfu": found[name][-1].get("mfu"),
         }
-        for (said, _), before, name in zip(ladder.climb(options), names, names[1:], strict=False)
+        for before, (said, name) in zip(["peer", *(name for _, name in named)], named, strict=False)
     ]
 
 
