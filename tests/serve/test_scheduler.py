@@ -192,6 +192,12 @@ async def test_a_store_of_adapters_that_fails_is_no_fault_of_the_picture(schedul
     assert "secret" not in failed.message
 
 
+def png() -> bytes:
+    sink = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(sink, "PNG")
+    return sink.getvalue()
+
+
 async def test_pictures_are_decoded_neither_by_the_engine_nor_by_the_event_loop(
     schedulers: Schedulers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,15 +208,22 @@ async def test_pictures_are_decoded_neither_by_the_engine_nor_by_the_event_loop(
         return requests_of(task)
 
     monkeypatch.setattr("serve.scheduler.requests_of", noted)
-    sink = io.BytesIO()
-    Image.new("RGB", (16, 16), "red").save(sink, "PNG")
     main = loaded()
-    assert await outcome_of(schedulers(main), task_of(2, image=sink.getvalue())) == Completed("old-1")
+    assert await outcome_of(schedulers(main), task_of(2, image=png())) == Completed("old-1")
     assert len(threads) == 1
     assert threads[0] not in ("engine", threading.current_thread().name)
     first, second = main.engine.submitted  # type: ignore[attr-defined]
     assert first.image is second.image is not None
     assert (first.seed, second.seed) == (0, 1)
+
+
+async def test_a_picture_of_one_channel_is_a_picture(schedulers: Schedulers) -> None:
+    def red(request: Any) -> Image.Image:
+        picture = Image.new("RGB", (16, 16))
+        picture.putpixel((0, 0), (255, 0, 0))
+        return picture
+
+    assert await outcome_of(schedulers(loaded(spoil=red)), task_of()) == Completed("old-1")
 
 
 async def test_a_flat_picture_is_never_handed_out(schedulers: Schedulers) -> None:
@@ -336,8 +349,11 @@ async def test_few_steps_are_not_compared_by_what_decoding_takes(schedulers: Sch
     assert scheduler.state().trial == "new-2"
 
 
-async def test_a_cold_adapter_is_not_the_checkpoints_fault(schedulers: Schedulers, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An adapter is loaded once by each engine: the new one does it during its trial."""
+@pytest.mark.parametrize("more", [{"adapter": "ada/1"}, {"image": png()}, {"reproducible": True}])
+async def test_work_of_its_own_is_not_the_checkpoints_fault(
+    schedulers: Schedulers, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
+    """An adapter, say, is loaded once by each engine: the new one does it during its trial."""
     scheduler = schedulers(loaded(), LIMITS)
     rejected: list[str] = []
     scheduler.on_given_up = lambda one, problem: rejected.append(problem)
@@ -345,16 +361,24 @@ async def test_a_cold_adapter_is_not_the_checkpoints_fault(schedulers: Scheduler
     tick = new.engine.tick
 
     def cold() -> Any:
-        if any(sample.active.task.adapter for sample in new.running.values()):
+        if new.running:
             time.sleep(0.02)
         return tick()
 
     monkeypatch.setattr(new.engine, "tick", cold)
     scheduler.roll_out(new)
     for _ in range(ENOUGH_TICKS + 5):
-        assert isinstance(await outcome_of(scheduler, task_of(1, steps=3, adapter="ada/1")), Completed)
-    await painters(scheduler, 0.3)
+        assert isinstance(await outcome_of(scheduler, task_of(1, steps=3, **more)), Completed)
     assert rejected == []
+    assert scheduler.state().trial == "new-2"
+
+
+async def test_an_adapter_that_cannot_be_had_is_not_the_checkpoints_fault(schedulers: Schedulers) -> None:
+    scheduler = schedulers(loaded(), LIMITS)
+    away = loaded("new-2", lambda request: StorageError("gs://secret is away") if request.adapter else None)
+    scheduler.roll_out(away)
+    assert await outcome_of(scheduler, task_of(adapter="waves/1")) == Completed("old-1")  # the first one is the new one's
+    assert away.engine.submitted  # type: ignore[attr-defined]
     assert scheduler.state().trial == "new-2"
 
 
@@ -431,4 +455,5 @@ async def test_a_pointer_moved_back_ends_the_trial(schedulers: Schedulers) -> No
     scheduler.abort_rollout("refs/best was moved back")
     assert await asyncio.gather(*long) == [Completed("old-1")] * 4
     assert rejected == []
+    assert len(new.engine.cancelled) >= 2  # type: ignore[attr-defined]  # it draws no further for nobody
     assert "momalisa_rollbacks_total 0.0" in counted(scheduler)
