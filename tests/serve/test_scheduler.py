@@ -16,9 +16,11 @@ from PIL import Image
 
 from momalisa.config import EVALUATION_PROMPTS, Serve
 from momalisa.storage import StorageError
-from serve.canary import ENOUGH_PICTURES, ENOUGH_TICKS
+from serve.canary import ENOUGH_PICTURES, ENOUGH_TICKS, Canary
 from serve.loaded_checkpoint import LoadedCheckpoint, requests_of
 from serve.meters import Meters
+from serve.rehearsal import sample_of
+from serve.rollout import Rollout
 from serve.scheduler import Scheduler
 from serve.task import Completed, Event, Failed, GenerationTask, Picture, Progress, Rejected, Waiting
 from tests.serve.double import black, loaded, nan
@@ -420,6 +422,27 @@ async def test_time_alone_is_no_trial(schedulers: Schedulers) -> None:
     assert scheduler.state().trial == "new-2"
     new.engine.paused = False  # type: ignore[attr-defined]
     await until(lambda: scheduler.state().checkpoint == "new-2")
+
+
+async def test_pictures_of_the_old_checkpoint_are_no_trial_of_the_new_one(schedulers: Schedulers) -> None:
+    scheduler = schedulers(loaded(), LIMITS.model_copy(update={"canary_s": 0.1, "canary_share": 0.0}))
+    new = loaded("new-2")
+    new.engine.paused = True  # type: ignore[attr-defined]
+    scheduler.roll_out(new)
+    got = await asyncio.wait_for(painters(scheduler, 0.4), 20)
+    assert len(got) > ENOUGH_PICTURES
+    assert scheduler.state().trial == "new-2"
+
+
+def test_steps_of_the_main_checkpoint_alone_are_what_a_new_one_is_compared_with() -> None:
+    main, challenger, new, canary = loaded("a"), loaded("b"), loaded("c"), Canary(0.5, 60)
+    rollout, sample = Rollout(main, challenger), sample_of(LIMITS, 0, 0.0)
+    rollout.start(new, canary)
+    for old, problem in ((challenger, ""), (main, "0.100 s a step, 0.010 s before")):
+        for _ in range(ENOUGH_TICKS):
+            rollout.note_tick(old, [sample], 2, 0.01)
+            rollout.note_tick(new, [sample], 2, 0.1)
+        assert canary.problem == problem
 
 
 async def test_a_checkpoint_that_visitors_never_get_is_tried_among_them(schedulers: Schedulers) -> None:
