@@ -28,6 +28,8 @@ def failure(outcome: Rejected | Failed) -> ApiError:
     if isinstance(outcome, Rejected):
         wait = outcome.retry_after_s
         return ApiError(429, f"{outcome.message}; try again in {wait} s", None, "queue_full", "rate_limit_error", wait)
+    if outcome.missing:
+        return ApiError(404, outcome.message, code="model_not_found")
     if outcome.wrong:
         return ApiError(400, outcome.message, code="invalid_value")
     if outcome.late:

@@ -1,16 +1,17 @@
 """The HTTP layer: OpenAI's images API, jobs, health, metrics, and the visitors' page. Knows nothing of Ray or torch.
 
-POST /v1/images/generations /v1/images/edits /v1/comparisons   /v1/jobs   GET /v1/models /healthz /metrics /openapi.json /
+POST /v1/images/generations /v1/images/edits /v1/comparisons   /v1/jobs   GET /v1/models[/{id}]
+GET /healthz /metrics /openapi.json /
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
@@ -25,12 +26,14 @@ from serve import answers, bodies, checks, comparisons, uploads, wire
 from serve.access import Access, Caller
 from serve.comparisons import Comparisons
 from serve.document import document
-from serve.errors import ApiError
+from serve.errors import ApiError, listed
 from serve.jobs import Jobs
 from serve.log import RequestLog, ServerErrors
 from serve.meters import HttpMeters, gathered
 from serve.stream import ClientLeft, EventStream, unless_left
 from serve.task import Backend, Event, Failed, GenerationTask, Rejected, State, Unavailable
+
+Answer = TypeVar("Answer")
 
 DECODERS = 2  # pictures that are decoded at once: each takes some 100 MB at the largest size that is allowed
 WEB = Path(__file__).parent / "web"
@@ -127,10 +130,21 @@ class Service:
         return EventStream(_streamed(_with(first, events), task), self.limits.stall_s)
 
     async def state(self) -> State:
-        try:
-            return await self.backend.state()
-        except Unavailable as error:
-            raise answers.failure(Failed(str(error), retry=True)) from None
+        return await _available(self.backend.state())
+
+    async def models(self) -> list[dict[str, Any]]:
+        """The served checkpoint, and the adapters that a request may name. Raises ApiError (503)."""
+        checkpoint, names = (await self.state()).checkpoint, await _available(self.backend.adapters())
+        served = {"id": checkpoint, "object": "model", "created": 0, "owned_by": "momalisa"}
+        return [served, *({**served, "id": name, "parent": checkpoint} for name in names)]
+
+
+async def _available(asked: Awaitable[Answer]) -> Answer:
+    """What a generator answers. Raises ApiError (503) where none does."""
+    try:
+        return await asked
+    except Unavailable as error:
+        raise answers.failure(Failed(str(error), retry=True)) from None
 
 
 async def _first(events: AsyncGenerator[Event, None]) -> Event:
@@ -229,8 +243,15 @@ def _other_routes(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
         service.caller(request, "generate")
-        model = {"id": (await service.state()).checkpoint, "object": "model", "created": 0, "owned_by": "momalisa"}
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse({"object": "list", "data": await service.models()})
+
+    @app.get("/v1/models/{id_:path}")  # an adapter's id has a slash
+    async def model(request: Request, id_: str) -> Response:
+        service.caller(request, "generate")
+        found = {one["id"]: one for one in await service.models()}
+        if id_ not in found:
+            raise ApiError(404, f"there is no model {id_[:60]!r}; {listed(list(found))}", code="model_not_found")
+        return JSONResponse(found[id_])
 
     @app.get("/healthz")
     async def healthz() -> Response:
@@ -244,11 +265,7 @@ def _other_routes(app: FastAPI, service: Service) -> None:
     async def metrics(request: Request) -> Response:
         service.caller(request, "metrics")
         service.meters.jobs.set(len(service.jobs))
-        try:
-            texts = await service.backend.metrics()
-        except Unavailable as error:
-            raise answers.failure(Failed(str(error), retry=True)) from None
-        return Response(gathered(service.meters, texts), media_type="text/plain")
+        return Response(gathered(service.meters, await _available(service.backend.metrics())), media_type="text/plain")
 
     @app.get("/openapi.json")
     async def openapi_json() -> Response:

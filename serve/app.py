@@ -67,6 +67,13 @@ class ReplicasBackend:
             raise Unavailable(f"no generator answered within {ANSWER_WITHIN_S:.0f} s; it may be starting") from error
         return state
 
+    async def adapters(self) -> list[str]:
+        try:
+            names: list[str] = await asyncio.wait_for(self._generator.adapters.remote(), ANSWER_WITHIN_S)
+        except (TimeoutError, RayError, RayServeException, Unavailable) as error:
+            raise Unavailable("the adapters cannot be listed at present; try again") from error
+        return names
+
     async def vote(self, ballot: Ballot) -> None:
         try:
             await asyncio.wait_for(self._generator.vote.remote(ballot), ANSWER_WITHIN_S)

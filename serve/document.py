@@ -35,13 +35,17 @@ def document(limits: config.Serve, closed: bool) -> dict[str, Any]:
     words, form = {JSON: {"schema": generation}}, {"multipart/form-data": {"schema": edit}}
     pictures = _answer("pictures, or a stream of events where `stream` is true", "Images")
     pictures["content"] |= STREAM
+    missing = frozenset({"404"})  # an adapter
+    generate = _painting("generate", "Paint from words", pictures, words, [DEBUG], errors=missing)
+    change = _painting("edit", "Paint a picture again, or a part of it", pictures, form, [DEBUG], errors=missing)
     job, events = _answer("the job", "Job"), {"description": "events", "content": STREAM}
     text = {"description": "metrics", "content": {"text/plain": {"schema": {"type": "string"}}}}
     health = _operation("health", "Whether pictures can be painted", _answer("yes", "Health"), open_=True)
     paths: dict[str, Any] = {
-        "/v1/images/generations": {"post": _painting("generate", "Paint from words", pictures, words, [DEBUG])},
-        "/v1/images/edits": {"post": _painting("edit", "Paint a picture again, or a part of it", pictures, form, [DEBUG])},
-        "/v1/models": {"get": _operation("models", "What paints", _answer("one model", "Models"))},
+        "/v1/images/generations": {"post": generate},
+        "/v1/images/edits": {"post": change},
+        "/v1/models": {"get": _operation("models", "What paints", _answer("the served checkpoint, then its adapters", "Models"))},
+        "/v1/models/{id}": {"get": _operation("model", "One of them", _answer("it is there", "Model"), [ID], {"404"})},
         "/v1/jobs": {"post": _painting("start_job", "Paint later: JSON, or a form as for edits", job, words | form, [], "202")},
         "/v1/jobs/{id}": {
             "get": _operation("job", "A job, and its pictures when it is done", job, [ID], {"404", "410"}),
@@ -114,6 +118,8 @@ def _fields(limits: config.Serve, kind: type[wire.ImagesRequest]) -> dict[str, A
             properties[name]["description"] = rule
     properties["prompt"] = {"type": "string", "minLength": 1, "maxLength": limits.max_prompt_chars, "pattern": r"\S"}
     properties["negative_prompt"] = {"type": ["string", "null"], "maxLength": limits.max_prompt_chars}
+    properties["adapter"] |= {"pattern": wire.ADAPTER, "type": ["string", "null"]}
+    del properties["adapter"]["anyOf"]
     properties["n"] = {"type": ["integer", "null"], "minimum": 1, "maximum": limits.max_pictures_per_request}
     properties["size"] = {"enum": [*wire.sizes(limits), None]}
     properties["tier"] = {"enum": ["full", *limits.tiers, None]}
@@ -150,14 +156,17 @@ def _schemas() -> dict[str, Any]:
         "revised_prompt seed checkpoint", b64_json=text, url=text, revised_prompt=text, seed=whole, checkpoint=text,
         finish_reason={"const": "content_filtered"}, filtered=text,
     )  # fmt: skip
-    model = _object("id object created owned_by", id=text, object={"const": "model"}, created=whole, owned_by=text)
+    about = {"id": text, "object": {"const": "model"}, "created": whole, "owned_by": text, "parent": text}
     return {
         "Error": _object("error", error=error),
         "Images": _object(
             "created model size output_format data", created=whole, model=text, size=text, output_format={"const": "png"},
             data={"type": "array", "items": picture, "minItems": 1}, trace={"type": "array", "items": {"type": "object"}},
         ),
-        "Models": _object("object data", object={"const": "list"}, data={"type": "array", "items": model}),
+        "Model": _object("id object created owned_by", **about),
+        "Models": _object(
+            "object data", object={"const": "list"}, data={"type": "array", "items": {"$ref": "#/components/schemas/Model"}}
+        ),
         "Job": _object(
             "id object created status", id=text, object={"const": "image.job"}, created=whole, status={"enum": JOB_STATES},
             position=whole, eta_s=number, result={"$ref": "#/components/schemas/Images"}, error=error,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+MOST_NAMES = 20  # that a message holds
 
 
 class ApiError(Exception):
@@ -27,3 +30,12 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
         return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+
+
+def listed(names: Sequence[str]) -> str:
+    """What there is, at the end of a message about what there is not."""
+    if not names:
+        return "there is none"
+    more = len(names) - MOST_NAMES
+    shown = ", ".join(names[:MOST_NAMES])
+    return f"there are {shown} and {more} more: GET /v1/models" if more > 0 else f"there are {shown}"

@@ -15,7 +15,7 @@ import ray
 import torch
 
 from momalisa import checkpoint, votes
-from momalisa.config import Settings
+from momalisa.config import Diffusion, Settings
 from momalisa.engine import Engine
 from momalisa.storage import Store
 from serve import checks, rehearsal
@@ -58,13 +58,14 @@ class Generator:
         self.meters, self._lookup = Meters(), Lookup(settings.root)
         self._name = uuid.uuid4().hex[:8]
         self._challenger_problem = self._not_compiled = self._told = ""
+        self._bases: dict[str, Diffusion] = {}  # by the paths of checkpoints that were loaded
         self._scheduler = Scheduler(self._load(path), settings.serve, self.meters, self._challenger(settings.serve.challenger))
         every_s = settings.serve.watch_s
         self._watch = Watch(self._store, self._load, self._scheduler, every_s) if every_s else None
 
     async def generate(self, task: GenerationTask) -> AsyncGenerator[Event, None]:
         """Events up to an outcome; closing it frees the rows. Does not raise."""
-        if refusal := await self._lookup.refusal(task.adapter):
+        if refusal := await self._lookup.refusal(task.adapter, self._base):
             yield refusal
             return
         async for event in self._scheduler.generate(task):
@@ -77,6 +78,10 @@ class Generator:
             self._told = problem
             logger.warning("what is served is not what is wanted: %s", problem or "it is again")
         return replace(self._scheduler.state(), problem=problem)
+
+    async def adapters(self) -> list[str]:
+        """Those for the base of what is served. Raises Unavailable where the store does not answer."""
+        return await self._lookup.adapters(self._base)
 
     async def vote(self, ballot: Ballot) -> None:
         """One more file below votes/. Raises Unavailable where the store does not take it."""
@@ -106,6 +111,10 @@ class Generator:
             self._watch.close()
         self._scheduler.close()
         self._lookup.close()
+
+    @property
+    def _base(self) -> Diffusion:
+        return self._bases[self._scheduler.serving()[0]]
 
     def _challenger(self, name: str) -> LoadedCheckpoint | None:
         """None where there is none, or it cannot be served: the state then says why, and pictures are drawn all the same."""
@@ -146,6 +155,7 @@ class Generator:
         self._not_compiled = "" if compiled else f"{published.id} is drawn without torch.compile"
         check = checks.picture_check(serve, published.diffusion, self._device)
         loaded = LoadedCheckpoint(engine, published.id, path, check)
+        self._bases[path] = published.diffusion
         rehearsal.warm_up(loaded, serve)
         logger.info("%s is ready on %s after %.1f s", published.id, self._device, time.monotonic() - started)
         logger.info("%s: the picture check is %s", published.id, checks.said(serve, check))

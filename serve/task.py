@@ -96,6 +96,7 @@ class Failed:
     retry: bool = False  # the generator is starting or was lost: the same request may succeed soon
     late: bool = False  # its deadline passed
     wrong: bool = False  # the request cannot be, as only the engine could tell
+    missing: bool = False  # it names what is not there
 
 
 Outcome = Completed | Rejected | Failed
@@ -131,6 +132,9 @@ class Backend(Protocol):
 
     async def state(self) -> State:
         """From a live generator. Raises Unavailable."""
+
+    async def adapters(self) -> list[str]:
+        """Those that a task may name. Raises Unavailable where their store does not answer."""
 
     async def vote(self, ballot: Ballot) -> None:
         """Keep a vote where promotion reads it. Raises Unavailable where it is not kept."""

@@ -2,7 +2,8 @@
 
 Beside OpenAI's own fields a request may hold `seed`, `steps`, `guidance_scale`, `sampler`, `negative_prompt`,
 `strength` (edits), `reproducible`, `adapter`, `tier` and `deadline_s`. Fields that mean nothing here (`user`, `quality`,
-`background`, ...) are ignored, and `model` may be anything: the answer says which checkpoint painted.
+`background`, ...) are ignored. `model` may name an adapter, as `adapter` does, and is ignored otherwise: the answer says which
+checkpoint painted.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ MAX_STEPS = 100
 MAX_GUIDANCE_SCALE = 30
 MAX_PARTIAL_IMAGES = 3
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
+ADAPTER = r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,80}/[0-9]{1,20}$"
 
 
 def _encodable(text: str) -> str:
@@ -53,7 +55,7 @@ class ImagesRequest(BaseModel):
     sampler: Sampler | None = None
     negative_prompt: Text | None = None
     reproducible: bool | None = None
-    adapter: Annotated[Text, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,80}/[0-9]{1,20}$")] | None = None
+    adapter: Annotated[Text, Field(pattern=ADAPTER)] | None = None
     deadline_s: Annotated[float, Field(gt=0)] | None = None
     tier: Tier | None = None
 
@@ -75,14 +77,14 @@ def rules(limits: config.Serve) -> dict[str, str]:
     text = f"text (valid Unicode) of at most {limits.max_prompt_chars} characters"
     return {
         "prompt": f"{text}, and not empty",
-        "model": "text (valid Unicode)",
+        "model": "text (valid Unicode); run/images asks for that adapter, anything else means nothing here",
         "n": f"a whole number from 1 to {limits.max_pictures_per_request}, and 1 for a stream",
         "size": "one of " + ", ".join(sizes(limits)),
         "response_format": "b64_json or url (a data: URL)",
         "output_format": "png",
         "stream": "true or false",
         "partial_images": f"a whole number from 0 to {MAX_PARTIAL_IMAGES}",
-        "seed": f"a whole number from 0 to {MAX_SEED}",
+        "seed": f"a whole number from 0 to {MAX_SEED}, the last picture's too",
         "steps": f"a whole number from 1 to {MAX_STEPS}",
         "guidance_scale": f"a number from 1 to {MAX_GUIDANCE_SCALE}",
         "sampler": "one of " + ", ".join(SAMPLERS),
@@ -113,16 +115,30 @@ def _check(request: ImagesRequest, limits: config.Serve) -> None:
     """The limits of this server. Raises ApiError."""
     if not request.prompt.strip():
         raise ApiError(400, "prompt is empty: say what the artwork should show, such as 'a coffee'", "prompt", "invalid_value")
-    for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")):
+    typed = request.prompt.removeprefix(limits.prompt_prefix)  # a picture's file says the whole prompt
+    for name, text in (("prompt", typed), ("negative_prompt", request.negative_prompt or "")):
         if len(text) > limits.max_prompt_chars:
             message = f"{name} has {len(text)} characters: at most {limits.max_prompt_chars} are allowed; shorten it"
             raise ApiError(400, message, name, "string_above_max_length")
     if request.n is not None and request.n > (1 if request.stream else limits.max_pictures_per_request):
         raise wrong("n", request.n, limits)
+    if (request.seed or 0) + (request.n or 1) - 1 > MAX_SEED:
+        raise wrong("seed", request.seed, limits)
     if request.size is not None and request.size not in sizes(limits):
         raise wrong("size", request.size, limits)
     if request.tier not in (None, "full", *limits.tiers):
         raise wrong("tier", request.tier, limits)
+    if request.adapter and _adapter(request.model) not in (None, _adapter(request.adapter)):
+        message = f"model names the adapter {request.model}, adapter names {request.adapter}: send one of them"
+        raise ApiError(400, message, "adapter", "invalid_value")
+
+
+def _adapter(name: str | None) -> str | None:
+    """`run/images`, as /v1/models lists adapters: without leading zeros. None: it is no such name."""
+    if not name or not re.fullmatch(ADAPTER, name):
+        return None
+    run, images = name.split("/")
+    return f"{run}/{int(images)}"
 
 
 def wrong(name: str, value: Any, limits: config.Serve) -> ApiError:
@@ -182,7 +198,7 @@ def better(fields: dict[str, Any]) -> Literal["first", "second"]:
         raise ApiError(400, 'better must be "first" or "second"', "better", "invalid_value") from None
 
 
-NOT_COMPARED = ("n", "stream", "partial_images", "response_format", "adapter")  # two whole pictures, of two models
+NOT_COMPARED = ("n", "stream", "partial_images", "response_format", "adapter", "model")  # two whole pictures, of two models
 
 
 def revised(prompt: str, prefix: str) -> str:
@@ -216,7 +232,7 @@ def generation_task(
         mask=mask,
         previews=request.partial_images or 0,
         reproducible=bool(request.reproducible),
-        adapter=request.adapter,
+        adapter=_adapter(request.adapter or request.model),
         tier=request.tier or "full",
         deadline_s=min(request.deadline_s or limits.deadline_s, limits.deadline_s),
         **more,

@@ -10,12 +10,14 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 
 from momalisa import checkpoint
 from momalisa.checkpoint import Checkpoint, NoCheckpoint
-from momalisa.storage import Store
+from momalisa.storage import Store, side_by_side
 
 NAME = re.compile(r"[\w-][\w.-]*/\d+")
+FOLDER, MANIFEST = "checkpoints/", "/manifest.json"  # around a name
 MISS_S = 30.0  # how long a name that is no adapter is not looked for again
 MAX_MISSES = 1_000
 
@@ -25,11 +27,15 @@ class NoAdapter(ValueError):
 
 
 class Catalogue:
-    """Adapters are named `<run>/<images seen>`, as their checkpoints are. For any number of threads; `clock` in seconds."""
+    """Adapters are named `<run>/<images seen>`, as their checkpoints are, with leading zeros or without.
+
+    For any number of threads; `clock` in seconds.
+    """
 
     def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
         self.store, self._clock = store, clock
         self._found: dict[str, Checkpoint] = {}
+        self._whole: set[str] = set()  # names of whole models
         self._misses: OrderedDict[str, tuple[float, str]] = OrderedDict()  # name -> until when, why; the oldest first
         self._lock = threading.Lock()
 
@@ -58,16 +64,38 @@ class Catalogue:
         self._found[name] = found
         return found
 
+    def adapters(self) -> dict[str, Checkpoint]:
+        """Those that the store holds now, by name: a listing, and each new manifest once. Raises StorageError as `find` does."""
+        paths = [path.removesuffix(MANIFEST) for path in self.store.list("checkpoints") if path.endswith(MANIFEST)]
+        parts = (path.removeprefix(FOLDER).rpartition("/") for path in paths)
+        names = dict.fromkeys(f"{run}/{int(images)}" for run, _, images in parts if images.isdecimal())
+        wanted = [name for name in names if name not in self._whole]
+        found = zip(wanted, side_by_side(self._found_or_none, wanted), strict=True)
+        return {name: one for name, one in found if one is not None}
+
+    def _found_or_none(self, name: str) -> Checkpoint | None:
+        with suppress(NoAdapter):
+            return self.find(name)
+        return None
+
     def _read(self, name: str) -> Checkpoint:
         if not NAME.fullmatch(name):
             raise NoAdapter(f"adapter={name!r} is not of the form run/images, such as impressionists/6400")
+        run, _, images = name.rpartition("/")
         try:
-            found = checkpoint.read(self.store, f"checkpoints/{name}")
-        except NoCheckpoint as error:
-            raise NoAdapter(f"adapter={name!r}: {error}") from error
+            found = checkpoint.read(self.store, f"{FOLDER}{run}/{int(images):09d}")  # as training names folders
+        except NoCheckpoint:
+            found = self._read_as_named(name)
         if not found.lora:
+            self._whole.add(name)
             raise NoAdapter(f"adapter={name!r} is a whole model, not a LoRA: promote it instead")
         return found
+
+    def _read_as_named(self, name: str) -> Checkpoint:
+        try:
+            return checkpoint.read(self.store, f"{FOLDER}{name}")
+        except NoCheckpoint as error:
+            raise NoAdapter(f"adapter={name!r}: {error}") from error
 
     def _remember(self, name: str, why: str) -> None:
         with self._lock:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +17,7 @@ import pytest
 
 from momalisa import config
 from momalisa.config import Settings
+from tests.serve.conftest import listening
 
 pytestmark = [pytest.mark.slow, pytest.mark.integration]
 
@@ -37,22 +36,13 @@ FLAGS = [
 @contextmanager
 def serving(root: str, limits: config.Serve) -> Iterator[str]:
     """The service over what is promoted below `root`, at an address of its own."""
-    import uvicorn
-
     from serve.api import create_app
     from serve.replica import Generator
 
     settings = Settings.model_construct(**{**dict(Settings.model_construct()), "root": root, "serve": limits})
     generator = Generator(settings)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(100)  # so that no browser comes too early
-        uvicorn_server = uvicorn.Server(uvicorn.Config(create_app(generator, limits), log_level="warning"))
-        thread = threading.Thread(target=uvicorn_server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
-        uvicorn_server.should_exit = True
-        thread.join(20)
+    with listening(create_app(generator, limits)) as address:
+        yield f"{address}/"
     generator.close()
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -125,7 +127,6 @@ async def test_an_edit_streams_too(server: str) -> None:
 
 def test_a_caller_who_leaves_gives_the_rows_back(server: str) -> None:
     import http.client
-    import time
 
     connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=30)
     body = json.dumps({"prompt": "x", "n": 8, "steps": 100, "stream": False})
@@ -171,6 +172,28 @@ def test_health_models_and_page(server: str, client: openai.OpenAI) -> None:
     with pytest.raises(urllib.error.HTTPError, match="404") as caught:
         urllib.request.urlopen(f"{server}/nothing", timeout=10)
     caught.value.close()
+
+
+def test_what_visitors_type_is_in_none_of_rays_logs(client: openai.OpenAI) -> None:
+    import ray
+
+    word, sink = f"quagga{uuid.uuid4().hex}", io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(sink, "PNG")
+    visits = [f"visit-{uuid.uuid4().hex}" for _ in range(4)]
+    named = [{"extra_headers": {"X-Request-ID": visit}} for visit in visits]
+    client.images.generate(prompt=word, extra_body={"negative_prompt": word}, **named[0])
+    client.images.edit(image=sink.getvalue(), prompt=word, **named[1])
+    with pytest.raises(openai.BadRequestError):
+        client.images.generate(prompt=word, extra_body={"sampler": word}, **named[2])
+    with pytest.raises(openai.BadRequestError):
+        client.images.edit(image=word.encode(), prompt=word, **named[3])
+    context = ray.get_runtime_context()
+    logs = Path(context.get_temp_dir(), context.get_session_name(), "logs")
+    end, said = time.monotonic() + 20, ""
+    while not all(visit in said for visit in visits):  # a line may be written after its answer
+        assert time.monotonic() < end, "the requests are not logged at all"
+        said = "".join(file.read_bytes().decode(errors="replace") for file in logs.rglob("*") if file.is_file())
+    assert word not in said
 
 
 def test_the_config_file_is_one_that_serve_takes() -> None:

@@ -52,6 +52,9 @@ class FakeBackend:
             return State("fake-1")
         raise Unavailable("no generator answered within 5 s; it may be starting")
 
+    async def adapters(self) -> list[str]:
+        return []
+
     async def metrics(self) -> list[tuple[str, str]]:
         return []
 
@@ -163,6 +166,8 @@ WRONG_FIELDS = [
     ({"prompt": "x", "guidance_scale": 1e999}, "guidance_scale", "got Infinity"),
     ({"prompt": "x", "seed": -1}, "seed", "got -1"),
     ({"prompt": "x", "seed": 2**53}, "seed", "got 9007199254740992"),
+    ({"prompt": "x", "seed": 2**53 - 2, "n": 3}, "seed", "the last picture's too; got 9007199254740990"),
+    ({"prompt": "A MOMA artwork of: " + "y" * 201}, "prompt", "prompt has 201 characters"),
     ({"prompt": "x", "model": 1}, "model", "model must be text"),
     ({"prompt": "x", "stream": 1}, "stream", "stream must be true or false"),
     ({"prompt": "x", "stream": True, "n": 2}, "n", "and 1 for a stream"),
@@ -335,7 +340,7 @@ def test_any_text_is_painted(generator: Generator, prompt: str) -> None:
 async def test_an_adapter_that_is_not_there_is_the_callers_error(client: httpx.AsyncClient) -> None:
     for name in ("nobody/64", "tiny/64"):  # nothing, and a whole model
         answer = await client.post(PATH, json={"prompt": "x", "adapter": name})
-        assert (answer.status_code, answer.json()["error"]["message"]) == (400, f"there is no adapter {name}")
+        assert (answer.status_code, answer.json()["error"]["message"]) == (404, f"there is no adapter {name}; there is none")
 
 
 async def test_a_pictures_own_file_is_enough_to_paint_it_again(client: httpx.AsyncClient, tiny_base: Path) -> None:

@@ -41,7 +41,7 @@ class Pair(FakeBackend):
         self.stored = True
 
     async def generate(self, task: GenerationTask) -> AsyncGenerator[Event, None]:
-        assert (task.compare, task.seeds[0]) == (True, task.seeds[1])
+        assert (task.compare, task.seeds[0], task.adapter) == (True, task.seeds[1], None)
         for index, name in enumerate(("old-1", "new-2")):
             yield Picture(index, name.encode(), name)
         yield Completed("old-1")
@@ -199,3 +199,9 @@ async def test_the_second_picture_is_the_challengers_or_the_canarys() -> None:
 @pytest.mark.parametrize("spoil", [nan, black])
 async def test_a_challenger_that_draws_nothing_is_seen_by_nobody(spoil: Any) -> None:
     assert await drawn_by(loaded("rival-3", spoil)) == ["old-1", "old-1"]
+
+
+async def test_two_checkpoints_are_compared_without_an_adapter() -> None:
+    for name in ("adapter", "model"):
+        async with client_of(Pair()) as client:
+            assert (await client.post(PATH, json={"prompt": "x", name: "waves/1"})).status_code == 200

@@ -12,14 +12,18 @@ import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 from PIL import Image
 from schemathesis.specs.openapi import checks
 
 from serve import keys
 from serve.api import create_app
+from serve.replica import Generator
 from serve.task import Ballot, Completed, Event, GenerationTask, Picture, Progress, State, Waiting
+from serve.wire import MAX_STEPS
 from tests.serve.conftest import LIMITS
 from tests.serve.test_api import FakeBackend
+from tests.serve.test_edits import mask_of, png
 
 CHECKS = [
     schemathesis.checks.not_a_server_error,
@@ -27,6 +31,9 @@ CHECKS = [
     checks.content_type_conformance,
     checks.response_schema_conformance,
 ]
+LIMITED = LIMITS.model_copy(update={"tiers": ("draft",)})
+UPLOADS = [mask_of(), png(), png((80, 48), "blue"), png()[:60]]
+schemathesis.openapi.format("binary", st.sampled_from(UPLOADS) | st.binary())  # its own samples are too small to be edited
 
 
 class Whole(FakeBackend):
@@ -48,13 +55,27 @@ class Whole(FakeBackend):
         pass
 
 
-SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", create_app(Whole(), LIMITS.model_copy(update={"tiers": ("draft",)})))
+SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", create_app(Whole(), LIMITED))
 
 
 @SCHEMA.parametrize()
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 def test_the_server_does_what_its_document_says(case: Any) -> None:
     case.call_and_validate(checks=CHECKS)
+
+
+@pytest.fixture(scope="module")
+def real(generator: Generator) -> Any:
+    return create_app(generator, LIMITED)
+
+
+@SCHEMA.include(method="POST", path_regex="images|jobs").parametrize()
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+def test_so_does_the_real_generator(case: Any, real: Any) -> None:
+    if isinstance(case.body, dict) and case.body.get("steps") in range(1, MAX_STEPS + 1):
+        case.body |= {"steps": 2}  # soon painted, and not refused for what no schema says
+        case.body = {name: value for name, value in case.body.items() if name not in ("adapter", "deadline_s", "strength")}
+    case.call_and_validate(checks=CHECKS, app=real)
 
 
 @pytest.fixture
@@ -75,7 +96,7 @@ def test_a_closed_server_says_so_on_every_route_but_health(closed: Any) -> None:
     found = asyncio.run(answers())
     assert found.pop("get /healthz") == 200
     assert set(found.values()) == {401}
-    assert len(found) == 10
+    assert len(found) == 11
 
 
 def test_pages_of_listed_origins_may_call_and_others_may_not(closed: Any) -> None:

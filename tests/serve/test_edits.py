@@ -31,10 +31,11 @@ def png(size: tuple[int, int] = (64, 64), colour: Any = (200, 30, 30), mode: str
     return sink.getvalue()
 
 
-def mask_of(size: tuple[int, int] = (64, 64)) -> bytes:
-    """Its right half is transparent: to be painted again."""
+def mask_of(size: tuple[int, int] = (64, 64), upper: bool = False) -> bytes:
+    """Its right half, or its upper one, is transparent: to be painted again."""
     picture = Image.new("RGBA", size, (0, 0, 0, 255))
-    ImageDraw.Draw(picture).rectangle((size[0] // 2, 0, size[0], size[1]), (0, 0, 0, 0))
+    half = (0, 0, size[0], size[1] // 2) if upper else (size[0] // 2, 0, size[0], size[1])
+    ImageDraw.Draw(picture).rectangle(half, (0, 0, 0, 0))
     sink = io.BytesIO()
     picture.save(sink, "PNG")
     return sink.getvalue()

@@ -16,9 +16,11 @@ from PIL import Image
 
 from momalisa.config import EVALUATION_PROMPTS, Serve
 from momalisa.storage import StorageError
-from serve.canary import ENOUGH_PICTURES, ENOUGH_TICKS
+from serve.canary import ENOUGH_PICTURES, ENOUGH_TICKS, Canary
 from serve.loaded_checkpoint import LoadedCheckpoint, requests_of
 from serve.meters import Meters
+from serve.rehearsal import sample_of
+from serve.rollout import Rollout
 from serve.scheduler import Scheduler
 from serve.task import Completed, Event, Failed, GenerationTask, Picture, Progress, Rejected, Waiting
 from tests.serve.double import black, loaded, nan
@@ -192,6 +194,12 @@ async def test_a_store_of_adapters_that_fails_is_no_fault_of_the_picture(schedul
     assert "secret" not in failed.message
 
 
+def png() -> bytes:
+    sink = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(sink, "PNG")
+    return sink.getvalue()
+
+
 async def test_pictures_are_decoded_neither_by_the_engine_nor_by_the_event_loop(
     schedulers: Schedulers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,15 +210,22 @@ async def test_pictures_are_decoded_neither_by_the_engine_nor_by_the_event_loop(
         return requests_of(task)
 
     monkeypatch.setattr("serve.scheduler.requests_of", noted)
-    sink = io.BytesIO()
-    Image.new("RGB", (16, 16), "red").save(sink, "PNG")
     main = loaded()
-    assert await outcome_of(schedulers(main), task_of(2, image=sink.getvalue())) == Completed("old-1")
+    assert await outcome_of(schedulers(main), task_of(2, image=png())) == Completed("old-1")
     assert len(threads) == 1
     assert threads[0] not in ("engine", threading.current_thread().name)
     first, second = main.engine.submitted  # type: ignore[attr-defined]
     assert first.image is second.image is not None
     assert (first.seed, second.seed) == (0, 1)
+
+
+async def test_a_picture_of_one_channel_is_a_picture(schedulers: Schedulers) -> None:
+    def red(request: Any) -> Image.Image:
+        picture = Image.new("RGB", (16, 16))
+        picture.putpixel((0, 0), (255, 0, 0))
+        return picture
+
+    assert await outcome_of(schedulers(loaded(spoil=red)), task_of()) == Completed("old-1")
 
 
 async def test_a_flat_picture_is_never_handed_out(schedulers: Schedulers) -> None:
@@ -336,8 +351,11 @@ async def test_few_steps_are_not_compared_by_what_decoding_takes(schedulers: Sch
     assert scheduler.state().trial == "new-2"
 
 
-async def test_a_cold_adapter_is_not_the_checkpoints_fault(schedulers: Schedulers, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An adapter is loaded once by each engine: the new one does it during its trial."""
+@pytest.mark.parametrize("more", [{"adapter": "ada/1"}, {"image": png()}, {"reproducible": True}])
+async def test_work_of_its_own_is_not_the_checkpoints_fault(
+    schedulers: Schedulers, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
+    """An adapter, say, is loaded once by each engine: the new one does it during its trial."""
     scheduler = schedulers(loaded(), LIMITS)
     rejected: list[str] = []
     scheduler.on_given_up = lambda one, problem: rejected.append(problem)
@@ -345,16 +363,24 @@ async def test_a_cold_adapter_is_not_the_checkpoints_fault(schedulers: Scheduler
     tick = new.engine.tick
 
     def cold() -> Any:
-        if any(sample.active.task.adapter for sample in new.running.values()):
+        if new.running:
             time.sleep(0.02)
         return tick()
 
     monkeypatch.setattr(new.engine, "tick", cold)
     scheduler.roll_out(new)
     for _ in range(ENOUGH_TICKS + 5):
-        assert isinstance(await outcome_of(scheduler, task_of(1, steps=3, adapter="ada/1")), Completed)
-    await painters(scheduler, 0.3)
+        assert isinstance(await outcome_of(scheduler, task_of(1, steps=3, **more)), Completed)
     assert rejected == []
+    assert scheduler.state().trial == "new-2"
+
+
+async def test_an_adapter_that_cannot_be_had_is_not_the_checkpoints_fault(schedulers: Schedulers) -> None:
+    scheduler = schedulers(loaded(), LIMITS)
+    away = loaded("new-2", lambda request: StorageError("gs://secret is away") if request.adapter else None)
+    scheduler.roll_out(away)
+    assert await outcome_of(scheduler, task_of(adapter="waves/1")) == Completed("old-1")  # the first one is the new one's
+    assert away.engine.submitted  # type: ignore[attr-defined]
     assert scheduler.state().trial == "new-2"
 
 
@@ -398,6 +424,27 @@ async def test_time_alone_is_no_trial(schedulers: Schedulers) -> None:
     await until(lambda: scheduler.state().checkpoint == "new-2")
 
 
+async def test_pictures_of_the_old_checkpoint_are_no_trial_of_the_new_one(schedulers: Schedulers) -> None:
+    scheduler = schedulers(loaded(), LIMITS.model_copy(update={"canary_s": 0.1, "canary_share": 0.0}))
+    new = loaded("new-2")
+    new.engine.paused = True  # type: ignore[attr-defined]
+    scheduler.roll_out(new)
+    got = await asyncio.wait_for(painters(scheduler, 0.4), 20)
+    assert len(got) > ENOUGH_PICTURES
+    assert scheduler.state().trial == "new-2"
+
+
+def test_steps_of_the_main_checkpoint_alone_are_what_a_new_one_is_compared_with() -> None:
+    main, challenger, new, canary = loaded("a"), loaded("b"), loaded("c"), Canary(0.5, 60)
+    rollout, sample = Rollout(main, challenger), sample_of(LIMITS, 0, 0.0)
+    rollout.start(new, canary)
+    for old, problem in ((challenger, ""), (main, "0.100 s a step, 0.010 s before")):
+        for _ in range(ENOUGH_TICKS):
+            rollout.note_tick(old, [sample], 2, 0.01)
+            rollout.note_tick(new, [sample], 2, 0.1)
+        assert canary.problem == problem
+
+
 async def test_a_checkpoint_that_visitors_never_get_is_tried_among_them(schedulers: Schedulers) -> None:
     scheduler = schedulers(loaded(), LIMITS.model_copy(update={"canary_s": 0.1, "canary_share": 0.0, "steps": 2}))
     long = asyncio.create_task(outcome_of(scheduler, task_of(1, steps=100_000, deadline_s=1e6)))
@@ -431,4 +478,5 @@ async def test_a_pointer_moved_back_ends_the_trial(schedulers: Schedulers) -> No
     scheduler.abort_rollout("refs/best was moved back")
     assert await asyncio.gather(*long) == [Completed("old-1")] * 4
     assert rejected == []
+    assert len(new.engine.cancelled) >= 2  # type: ignore[attr-defined]  # it draws no further for nobody
     assert "momalisa_rollbacks_total 0.0" in counted(scheduler)
