@@ -34,6 +34,7 @@ from momalisa.engine.samplers import Samplers, Table, scheduler_config
 from momalisa.engine.texts import Texts
 from momalisa.engine.trajectory import Trajectory
 from momalisa.latents import Autoencoder, TextEncoder
+from momalisa.precision import full_precision
 from momalisa.storage import Store
 
 logger = logging.getLogger(__name__)
@@ -402,9 +403,9 @@ def _taken(batch: Batch) -> list[Finished]:
 
 
 def _exact(device: torch.device, dtype: torch.dtype) -> None:
-    """Float32 is what it says: left alone, cuDNN rounds what it convolves to TF32's 10 bits. For the whole process."""
+    """Float32 is what it says. For the whole process."""
     if device.type == "cuda" and dtype == torch.float32:
-        torch.backends.cudnn.allow_tf32 = False
+        full_precision()
 
 
 def _placed(unet: Any, device: torch.device, dtype: torch.dtype) -> Any:
