@@ -61,6 +61,11 @@ class Decoder:
     def __len__(self) -> int:
         return len(self._waiting) + len(self._running)
 
+    @property
+    def ids(self) -> frozenset[int]:
+        """Of those in line and those that are being decoded."""
+        return frozenset(self._ids)
+
     def add(self, finished: Iterable[Finished]) -> None:
         for item in finished:
             self._waiting.append(item)

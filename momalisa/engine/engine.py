@@ -174,6 +174,11 @@ class Engine:
         return sum(lane.batch.rows for lane in self._lanes.values())
 
     @property
+    def decoding(self) -> frozenset[int]:
+        """Requests whose steps are done and whose picture is not: they take no rows."""
+        return self._decoder.ids
+
+    @property
     def pending_row_steps(self) -> int:
         """Rows times steps still to do, for those that wait too: the engine's load."""
         return sum(trajectory.row_steps for lane in self._lanes.values() for trajectory in lane.trajectories)
