@@ -1,4 +1,4 @@
-"""Finished pictures are decoded among a few others while the engine is full, soon all the same, and at once where there is room."""
+"""Finished pictures are decoded among a few others while the engine is full, not late, and at once where there is room."""
 
 from __future__ import annotations
 
