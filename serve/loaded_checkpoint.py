@@ -26,15 +26,16 @@ class LoadedCheckpoint:
         self.engine, self.id, self.path, self.check = engine, id_, path, check
         self.running: dict[int, Sample] = {}
         self.pending_row_steps = 0
+        self.decoding: frozenset[int] = frozenset()
 
     @property
     def rows(self) -> int:
-        """Rows of the UNet's batch that its samples take."""
-        return sum(sample.rows for sample in self.running.values())
+        """Rows of the UNet's batch that its samples take; one that is only decoded yet takes none."""
+        return sum(sample.rows for id_, sample in self.running.items() if id_ not in self.decoding)
 
     def count(self) -> None:
-        """Note how much work is left, for threads that may not ask the engine."""
-        self.pending_row_steps = self.engine.pending_row_steps
+        """Note how much work is left, for threads that may not ask the engine, and which samples need no rows any more."""
+        self.pending_row_steps, self.decoding = self.engine.pending_row_steps, self.engine.decoding
 
     def start(self, sample: Sample) -> None:
         """Put a sample into the engine's batch. Raises ValueError for a request that cannot be."""

@@ -249,9 +249,11 @@ class Scheduler:
 
     def _start(self) -> None:
         """Give free rows to who is next, unless finished pictures pile up."""
-        free = self._limits.max_rows - sum(checkpoint.rows for checkpoint in self._rollout.checkpoints())
+        checkpoints = self._rollout.checkpoints()
+        free = self._limits.max_rows - sum(checkpoint.rows for checkpoint in checkpoints)
         free -= self._rehearse(free)
-        while free > 0 and self._finishing < 2 * self._limits.max_rows:
+        unfinished = self._finishing + sum(len(checkpoint.decoding) for checkpoint in checkpoints)
+        while free > 0 and unfinished < 2 * self._limits.max_rows:
             sample = self._admission.next(free)
             if sample is None:
                 return

@@ -118,6 +118,7 @@ class Engine:
         self._leaving: str | None = None  # an adapter whose lanes let nobody in: another one has waited too long for its place
         self._held: list[Event] = []
         self.stepped: list[int] = []  # the requests that the last tick took a step on
+        self._full = False  # whether the last tick's step had no room for another guided picture
         self._next_id = self._ticks = 0
 
     @classmethod
@@ -181,6 +182,11 @@ class Engine:
         return sum(lane.batch.rows for lane in self._lanes.values())
 
     @property
+    def decoding(self) -> frozenset[int]:
+        """Requests whose steps are done and whose picture is not: they take no rows."""
+        return self._decoder.ids
+
+    @property
     def pending_row_steps(self) -> int:
         """Rows times steps still to do, for those that wait too: the engine's load."""
         return sum(trajectory.row_steps for lane in self._lanes.values() for trajectory in lane.trajectories)
@@ -217,7 +223,7 @@ class Engine:
     def tick(self) -> list[Event]:
         """One step for the pictures of one kind, kinds taking turns, of which reproducible requests have one together; then some
         decoding. What there is to say about requests."""
-        events, self._held, self.stepped = self._held, [], []
+        events, self._held, self.stepped, self._full = self._held, [], [], False
         self._ticks += 1
         self._make_places()
         chosen = self._choose(events)
@@ -233,7 +239,7 @@ class Engine:
                 self._end_turn_of_alone()
         elif self._adapters is not None and self._lanes and not len(self._decoder):
             self._adapters.wait(LOADING_S)
-        return events + self._decoder.poll(wait=not self._lanes)
+        return events + self._decoder.poll(wait=not self._lanes, full=self._full)
 
     def generate(self, requests: Sequence[Request], on_step: OnStep | None = None) -> list[Image.Image]:
         """RGB pictures in the order of the requests, however many. `on_step(done, total)`: picture steps, after every tick.
@@ -345,6 +351,7 @@ class Engine:
         try:
             if open_:
                 self._admit(lane, means.texts)
+            self._full = batch.rows + 2 > self.max_rows
             batch.step(means.model)
             self._mark()
             ids = [trajectory.id for trajectory in batch.trajectories]

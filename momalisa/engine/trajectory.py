@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from PIL import Image
@@ -36,14 +37,16 @@ class Trajectory:
     def steps(self) -> int:
         return len(self.table)
 
+    @cached_property
+    def _guided(self) -> list[bool]:
+        """For each step, whether it needs an unconditional row too."""
+        low, high = self.request.guidance_interval
+        return [self.request.guidance_scale > 1 and low <= sigma <= high for sigma in self.table.sigmas.tolist()]
+
     @property
     def guided(self) -> bool:
         """Whether the next step needs an unconditional row too."""
-        return self.done < self.steps and self.guided_at(self.done)
-
-    def guided_at(self, step: int) -> bool:
-        low, high = self.request.guidance_interval
-        return self.request.guidance_scale > 1 and low <= float(self.table.sigmas[step]) <= high
+        return self.done < self.steps and self._guided[self.done]
 
     @property
     def most_rows(self) -> int:
@@ -52,9 +55,7 @@ class Trajectory:
     @property
     def row_steps(self) -> int:
         """Rows times steps that are still to do."""
-        if self.request.guidance_scale > 1:
-            return sum(1 + self.guided_at(step) for step in range(self.done, self.steps))
-        return self.steps - self.done
+        return self.steps - self.done + sum(self._guided[self.done :])
 
     @property
     def preview_due(self) -> bool:

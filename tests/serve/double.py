@@ -22,11 +22,16 @@ def drawn(seed: int, size_px: int = 16) -> Image.Image:
 
 
 class Engine:
-    """Every request takes a step a tick. `spoil(request)`: a picture or an error instead of the usual picture."""
+    """Every request takes a step a tick. `spoil(request)`: a picture or an error instead of the usual picture.
+
+    Pictures come so many ticks after their last step as `decode_ticks` says.
+    """
 
     def __init__(self, spoil: Spoil | None = None, tick_s: float = 0.001) -> None:
+        self.decode_ticks = 0
         self.flying: dict[int, tuple[Request, int]] = {}
         self.spoil, self.tick_s = spoil, tick_s
+        self.finished: dict[int, tuple[Request, int]] = {}
         self.submitted: list[Request] = []
         self.cancelled: list[int] = []
         self.rows_of_ticks: list[int] = []
@@ -41,6 +46,10 @@ class Engine:
     def pending_row_steps(self) -> int:
         return sum((2 if one.guidance_scale > 1 else 1) * (one.steps - done) for one, done in self.flying.values())
 
+    @property
+    def decoding(self) -> frozenset[int]:
+        return frozenset(self.finished)
+
     def submit(self, request: Request) -> int:
         if request.prompt.endswith("impossible"):
             raise ValueError("this cannot be")
@@ -50,7 +59,7 @@ class Engine:
 
     def cancel(self, id_: int) -> bool:
         self.cancelled.append(id_)
-        return self.flying.pop(id_, None) is not None
+        return (self.flying.pop(id_, None) or self.finished.pop(id_, None)) is not None
 
     def close(self) -> None:
         self.closed = True
@@ -69,6 +78,12 @@ class Engine:
                     events.append(Preview(id_, drawn(request.seed), done + 1, request.steps))
                 continue
             del self.flying[id_]
+            self.finished[id_] = (request, self.decode_ticks)
+        for id_, (request, left) in list(self.finished.items()):
+            self.finished[id_] = (request, left - 1)
+            if left > 0:
+                continue
+            del self.finished[id_]
             made = self.spoil(request) if self.spoil else None
             events.append(Broken(id_, made) if isinstance(made, Exception) else Done(id_, made or drawn(request.seed)))
         return events

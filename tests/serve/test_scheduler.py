@@ -87,6 +87,36 @@ async def test_ticks_are_full_and_never_fuller_than_max_rows(schedulers: Schedul
     assert sum(row == 4 for row in rows) >= 6
 
 
+async def test_pictures_that_are_being_decoded_take_nobodys_rows(schedulers: Schedulers) -> None:
+    main = loaded(tick_s=0.01)
+    main.engine.paused, main.engine.decode_ticks = True, 2  # type: ignore[attr-defined]
+    scheduler = schedulers(main)
+    tasks = [asyncio.create_task(outcome_of(scheduler, task_of(4, steps=3))) for _ in range(4)]
+    await until(lambda: scheduler.state().waiting == 12)
+    main.engine.paused = False  # type: ignore[attr-defined]
+    assert await asyncio.gather(*tasks) == [Completed("old-1")] * 4
+    rows = main.engine.rows_of_ticks  # type: ignore[attr-defined]
+    assert max(rows) == 4
+    assert rows[:12].count(4) >= 10  # 8 where the next wait for the decoder
+
+
+async def test_no_more_is_begun_while_pictures_are_not_decoded(schedulers: Schedulers) -> None:
+    main = loaded()
+    main.engine.decode_ticks = 10**9  # type: ignore[attr-defined]
+    scheduler = schedulers(main)
+    tasks = [asyncio.create_task(outcome_of(scheduler, task_of(4, steps=1))) for _ in range(4)]
+    await until(lambda: len(main.engine.finished) >= 8)  # type: ignore[attr-defined]
+    ticks = len(main.engine.rows_of_ticks)  # type: ignore[attr-defined]
+    await until(lambda: len(main.engine.rows_of_ticks) >= ticks + 5)  # type: ignore[attr-defined]
+    assert len(main.engine.finished) == 8  # type: ignore[attr-defined]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await until(lambda: not main.engine.finished)  # type: ignore[attr-defined]
+    main.engine.decode_ticks = 0  # type: ignore[attr-defined]
+    assert await outcome_of(scheduler, task_of()) == Completed("old-1")
+
+
 async def test_who_leaves_gives_rows_and_places_back(schedulers: Schedulers) -> None:
     main = loaded(tick_s=0.01)
     scheduler = schedulers(main)
