@@ -40,7 +40,7 @@ class Writer:
         self.store, self.settings, self.said = store, settings, said
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._waiting: Future[Checkpoint] | None = None
-        self.failure = ""  # what kept the last snapshot from being written; no exception, whose frames would hold the snapshot
+        self.failure = ""  # what kept the last snapshot from being written
 
     def submit(self, snapshot: Snapshot) -> None:
         """Begin to write; waits first for the one before."""
