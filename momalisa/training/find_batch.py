@@ -47,7 +47,7 @@ def full(error: RuntimeError) -> bool:
 def trials(settings: Settings, steps: int = 4) -> Iterator[Trial]:
     """Measure sizes in turn, until one does not fit."""
     chosen = settings.train
-    for size in sizes(-(-chosen.batch // chosen.workers)):
+    for size in sizes(chosen.share):
         try:
             yield measure(settings, size, steps)
         except RuntimeError as error:

@@ -73,8 +73,7 @@ def estimate(settings: Settings) -> Memory:
             value.numel() for value in trainable(unet, train.model_copy(update={"gradient_checkpointing": False})).values()
         )
     half = train.precision != "fp32"
-    share = -(-train.batch // train.workers)
-    size, side = min(train.micro_batch or share, share), settings.encode.resolution_px // 8
+    size, side = min(train.micro_batch or train.share, train.share), settings.encode.resolution_px // 8
     doubled = 2 if train.prior_weight else 1
     kept = activations(unet, (size * doubled, int(config["in_channels"]), side, side), half, train.gradient_checkpointing)
     pictures = min(len(train.evaluation_prompts), 8)

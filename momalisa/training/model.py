@@ -25,10 +25,14 @@ class Denoiser(torch.nn.Module):
     """The UNet and, where it is trained too, the text encoder."""
 
     def __init__(self, unet: Any, text_encoder: TextEncoder, settings: Train) -> None:
-        """Adds the adapters that `settings` want, equal on every worker, and freezes what is not trained."""
+        """Adds the adapters that `settings` want, equal on every worker, and freezes what is not trained. A base's own dropout
+        is switched off."""
         super().__init__()
         self.unet = unet
         self.text_encoder: Any = text_encoder.model if settings.lora_text_encoder else None
+        for module in unet.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0  # it would draw from the process's own generator: another model for each worker and resume
         trainable(unet, settings)
         if self.text_encoder is not None:
             self.text_encoder.requires_grad_(False)

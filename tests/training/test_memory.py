@@ -107,6 +107,15 @@ def test_the_prior_costs_a_copy_only_without_adapters() -> None:
     assert memory.estimate(adapters).activations > 1.8 * memory.estimate(settings("sd14-lora.yaml")).activations
 
 
+def test_a_run_that_may_shrink_has_room_for_the_share_of_the_fewest() -> None:
+    one, two, shrinking = (
+        memory.estimate(settings("sd14-lora.yaml", "--train.micro_batch=null", *options)).activations
+        for options in ((), ("--train.workers=2",), ("--train.workers=2", "--train.min_workers=1"))
+    )
+    assert two < 0.6 * one
+    assert shrinking == one
+
+
 def test_an_early_stop_has_a_second_model_between_steps(tiny_base: Path) -> None:
     found = memory.estimate(settings("sd14-lora.yaml", "--train.early_stop_patience=3"))
     assert found.early_stop > found.weights + found.text_encoder

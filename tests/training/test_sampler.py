@@ -7,6 +7,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from momalisa.config import Train
 from momalisa.training.sampler import Cell, Cells, deal, passes
 
 seeds, sizes = st.integers(0, 2**32), st.integers(1, 7)
@@ -53,6 +54,16 @@ def test_dealing_is_an_even_partition(cells: int, workers: int) -> None:
     hands = [deal(batch, rank, workers) for rank in range(workers)]
     assert Counter(cell for hand in hands for cell in hand) == Counter(batch)
     assert max(map(len, hands)) - min(map(len, hands)) <= 1
+
+
+@given(cells=st.integers(1, 20), size=sizes, workers=st.integers(1, 6), fewer=st.integers(1, 6))
+def test_the_share_is_what_the_fewest_workers_can_get(cells: int, size: int, workers: int, fewer: int) -> None:
+    workers, batch = min(workers, cells), [Cell(0, ((0, number),) * size) for number in range(cells)]
+    fewer = min(fewer, workers)
+    for least, group in ((None, workers), (fewer, fewer)):
+        train = Train(batch=cells * size, cell=size, workers=workers, min_workers=least)
+        hands = [sum(len(cell.samples) for cell in deal(batch, rank, group)) for rank in range(group)]
+        assert train.share == max(hands)
 
 
 @settings(deadline=None)

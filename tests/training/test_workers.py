@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -257,27 +256,3 @@ def test_gradients_in_sixteen_bits_train_nearly_the_same(run: Run, group: Groups
     (full, _), (half, _) = (group(one, 2, tmp_path / f"group-{number}") for number, one in enumerate(runs))
     assert full != half
     assert [loss for _, loss in half] == pytest.approx([loss for _, loss in full], rel=2e-2)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 5e-3)])
-def test_two_hundred_steps_are_the_same_at_one_two_and_four_workers(
-    run: Run, group: Groups, tmp_path: Path, precision: str, tolerance: float
-) -> None:
-    """The audit: the same works in the same steps, each of them once an epoch; and the same losses."""
-    long = changed(run, precision=precision, images=1600, checkpoint_every_images=1600, learning_rate=3e-4)
-    found = {
-        workers: group(replace(long, store=Store(str(tmp_path / f"store-{workers}"))), workers, tmp_path / f"group-{workers}")
-        for workers in (1, 2, 4)
-    }
-    losses, works = found[1]
-    assert len(works) == 200
-    for workers in (2, 4):
-        assert {step: sorted(ids) for step, ids in found[workers][1].items()} == {
-            step: sorted(ids) for step, ids in works.items()
-        }
-        assert [loss for _, loss in found[workers][0]] == pytest.approx([loss for _, loss in losses], rel=tolerance)
-    times = Counter(work for ids in works.values() for work in ids)
-    assert set(times) == set(long.cache.ids)
-    assert max(times.values()) - min(times.values()) <= 2  # a cell of two works, and the epoch in which the run ends
