@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from momalisa import checkpoint as checkpoints
 from momalisa.checkpoint import Checkpoint, averages
@@ -308,13 +307,6 @@ def test_a_base_with_dropout_is_trained_without_it(run: Run, tmp_path: Path) -> 
     (base / "unet" / "config.json").write_text(json.dumps({**config, "dropout": 0.5}))
     other = replace(run, diffusion=Diffusion(model=str(base)), store=Store(str(tmp_path / "other")))
     assert Trainer(other, Events()).train().losses == Trainer(run, Events()).train().losses
-
-
-def test_fp32_is_fp32_in_convolutions_too() -> None:
-    for precision in ("fp32", "bf16"):
-        accelerator(TRAIN.model_copy(update={"precision": precision}), workers=1)
-        assert torch.backends.cudnn.allow_tf32 == (precision != "fp32")
-        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_works_of_several_shapes_train_together(run: Run) -> None:
