@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 from schemathesis.specs.openapi import checks
 
+from momalisa.config import Settings
 from serve import keys
 from serve.api import create_app
 from serve.replica import Generator
@@ -59,18 +61,21 @@ SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", create_app(Whole(), LIM
 
 
 @SCHEMA.parametrize()
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@hypothesis_settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 def test_the_server_does_what_its_document_says(case: Any) -> None:
     case.call_and_validate(checks=CHECKS)
 
 
 @pytest.fixture(scope="module")
-def real(generator: Generator) -> Any:
-    return create_app(generator, LIMITED)
+def real(settings: Settings) -> Iterator[Any]:
+    """Over a generator of its own: the jobs that are begun here are not in the way of other tests."""
+    generator = Generator(settings)
+    yield create_app(generator, LIMITED)
+    generator.close()
 
 
 @SCHEMA.include(method="POST", path_regex="images|jobs").parametrize()
-@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@hypothesis_settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 def test_so_does_the_real_generator(case: Any, real: Any) -> None:
     if isinstance(case.body, dict) and case.body.get("steps") in range(1, MAX_STEPS + 1):
         case.body |= {"steps": 2}  # soon painted, and not refused for what no schema says
