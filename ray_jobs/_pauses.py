@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from typing import Any
 
-from momalisa.collect.pauses import PauseBook
+from momalisa.collect.pauses import PATIENCE_S, PauseBook
+
+logger = logging.getLogger(__name__)
 
 
 class SharedPauses:
-    """`momalisa.collect.pauses.Pauses` that travel to tasks: a book in an actor beside the driver."""
+    """`momalisa.collect.pauses.Pauses` that travel to tasks: a book in an actor beside the driver.
+
+    Where the actor does not answer, each task goes on with what it hears itself.
+    """
 
     def __init__(self) -> None:
         import ray
@@ -19,7 +26,21 @@ class SharedPauses:
         self._book: Any = ray.remote(num_cpus=0, scheduling_strategy=here, **always)(PauseBook).remote()
 
     async def add(self, host: str, until: float) -> None:
-        await self._book.add.remote(host, until)
+        await self._answer(self._book.add.remote(host, until))
 
     async def beyond(self, known: dict[str, float] | None) -> dict[str, float]:
-        return dict(await self._book.beyond.remote(known))
+        found = await self._answer(self._book.beyond.remote(known))
+        return dict(known or {}) if found is None else dict(found)
+
+    async def _answer(self, asked: Any) -> Any:
+        """The actor's; None, after a while, where it has none."""
+        from ray.exceptions import RayError
+
+        try:
+            return await asyncio.wait_for(asked, 2 * PATIENCE_S)
+        except TimeoutError:
+            logger.warning("the pauses that hosts ask other tasks for are unknown at present")
+        except RayError as error:
+            logger.warning("the pauses that hosts ask other tasks for are unknown at present: %s", type(error).__name__)
+            await asyncio.sleep(PATIENCE_S)
+        return None

@@ -29,6 +29,7 @@ class Tally:
     works: int = 0
     ok: int = 0
     bad_before: int = 0  # of the works, those that were rejected before, and are
+    corrected: int = 0  # of those that are ok, works whose picture nobody asked for
     new: int = 0
     resumed: int = 0  # of the works, those that a run before this one has stored
     reasons: Counter[str] = field(default_factory=Counter)
@@ -39,6 +40,7 @@ class Tally:
         self.new += stored.new
         self.ok += stored.figures.ok
         self.bad_before += stored.figures.bad_before
+        self.corrected += stored.figures.corrected
         self.reasons.update(stored.figures.reasons)
         self.examples = {**stored.figures.examples, **self.examples}
 
@@ -58,9 +60,9 @@ class Tally:
             print(f"collect: going on after {self.resumed} works of a run that was interrupted", flush=True)
 
     def judge(self, chosen: Collect) -> None:
-        """Raises ValueError above max_bad_fraction. Works that were bad before are not judged."""
-        judged = self.works - self.bad_before
-        bad = judged - self.ok
+        """Raises ValueError above max_bad_fraction. Judged are works that were asked for, and were not bad before."""
+        judged = self.works - self.bad_before - self.corrected
+        bad = self.works - self.bad_before - self.ok
         if bad > chosen.max_bad_fraction * judged:
             common = [(reason, count) for reason, count in self.reasons.most_common() if reason in self.examples][:3]
             reasons = "; ".join(f"{count} x {reason} ({self.examples[reason]})" for reason, count in common)
@@ -121,7 +123,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "not_on_view": source.left_out["not on view"],
         "reasons": dict(tally.reasons),
         "seconds": seconds,
-        "rows_per_s": (tally.works - tally.resumed) / seconds,
+        "rows_per_s": (tally.works - tally.resumed - tally.corrected) / seconds,
     }
 
 
@@ -183,6 +185,7 @@ def _publish(dataset: Any, began_at: Any, done: list[Any], chosen: Collect) -> A
     """Move `refs/latest` to a version with the new rows, without the rows that they replace; returns it."""
     from momalisa.collect import duplicates, validators
     from momalisa.dataset import Conflict
+    from momalisa.records import TOLD
     from momalisa.storage import side_by_side
 
     replaced = {id for entry in done for id in entry.replaced}
@@ -190,10 +193,11 @@ def _publish(dataset: Any, began_at: Any, done: list[Any], chosen: Collect) -> A
     tables, store = [entry.table for entry in done], dataset.store
 
     def change(latest: Any) -> Any:
-        if replaced and not set(began_at.images) <= set(latest.images):
+        clash = replaced & dataset.replaced(began_at, latest, ("status", "sha256", "image_url", *TOLD)) if replaced else set()
+        if clash:
             raise Conflict(
-                f"{store.root}: another run has replaced works in the meantime; nothing was published. Run again: what "
-                f"is there is passed by"
+                f"{store.root}: another run has replaced {len(clash)} of these works in the meantime, for example {min(clash)}; "
+                f"nothing was published. Run again: what is there is passed by"
             )
         version, copies = dataset.without_works(latest, replaced, kept)
         for _ in side_by_side(lambda old: validators.add(store, copies[old], validators.read(store, old)), copies):

@@ -48,6 +48,7 @@ class Figures:
 
     ok: int = 0  # works whose row, new or old, is usable
     bad_before: int = 0  # works that were rejected before, and are
+    corrected: int = 0  # of those that are ok, works whose picture was not asked for
     reasons: Counter[str] = field(default_factory=Counter)  # of the rejected and the unchanged
     examples: dict[str, str] = field(default_factory=dict)  # reason -> an error
     hosts: Hosts = field(default_factory=Hosts)
@@ -164,6 +165,7 @@ def collect_block(
     for row, one in zip(rows, fetched, strict=True):
         if row.id in told:
             _stay(collected.figures, old := before[row.id])
+            collected.figures.corrected += old.status == OK
             _retell(collected, replace(row, image_url=old.image_url), old, old.said)
         else:
             _sort_in(collected, row, one, before.get(row.id))

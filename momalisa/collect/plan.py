@@ -43,10 +43,14 @@ class Plan:
         return work.status != REJECTED and place.address != hash(work.image_url)
 
     def _is_told_otherwise(self, work: Artwork) -> bool:
-        place = self.known.get(work.id)
-        if place is None or place.told is None or self.settings.retry_failed:
+        """Of a work of which nothing is told now (its folder's metadata file is missing) what was told stays; and a picture of
+        the same name in another folder may be another work."""
+        place, told = self.known.get(work.id), tuple(getattr(work, name) for name in TOLD)
+        if place is None or place.told is None or self.settings.retry_failed or not any(told):
             return False
-        return place.told != hash(tuple(getattr(work, name) for name in TOLD))
+        if self.settings.source.kind == "folder" and place.address != hash(work.image_url):
+            return False
+        return place.told != hash(told)
 
     def blocks(self, works: Iterable[Artwork]) -> Iterator[list[Artwork]]:
         block: list[Artwork] = []

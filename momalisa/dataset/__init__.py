@@ -242,17 +242,17 @@ class Dataset:
         theirs = set(latest.families().get(folder, ())) - set(began.families().get(folder, ())) - ours
         taken = self.ids(theirs) if theirs else set()
         if folder != "images":
-            taken |= self._replaced(began, latest)
+            from momalisa.records import DETAILS
+
+            taken |= self.replaced(began, latest, ("sha256", *DETAILS))
         return latest.with_tables(folder, self._apart(folder, ours, taken), instead_of)
 
-    def _replaced(self, began: Version, latest: Version) -> set[str]:
-        """Works of which one version shows another picture, or tells other details, than the one before it did."""
-        from momalisa.records import DETAILS
-
+    def replaced(self, began: Version, latest: Version, columns: Iterable[str]) -> set[str]:
+        """Works of which one version says something else in these columns of images than the one before it did."""
         gone, new = set(began.images) - set(latest.images), set(latest.images) - set(began.images)
         if not gone:
             return set()
-        names = ["id", "sha256", *DETAILS]
+        names = ["id", *columns]
         now = {tuple(row.values()) for row in self.small_rows(new, names)}
         return {row["id"] for row in self.small_rows(gone, names) if tuple(row.values()) not in now}
 

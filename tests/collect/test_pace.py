@@ -57,8 +57,8 @@ def test_a_worker_waits_for_each_turn_and_for_as_long_as_the_host_asked() -> Non
     began = time.time()
     first, second, third = asyncio.run(three(0.2))
     assert first - began >= 0.2
-    assert second - first >= 0.03
-    assert third - first >= 0.08
+    assert second - began >= 0.24
+    assert third - began >= 0.29
 
 
 def test_a_host_that_asks_for_a_rest_while_a_turn_is_waited_for_gets_it() -> None:

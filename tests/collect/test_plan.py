@@ -29,6 +29,9 @@ def test_which_works_are_asked_for(options: dict[str, bool], asked: list[str], c
     assert (plan.listed, plan.passed_by, plan.passed_by_ok) == counts
 
 
+ONCE = ("same", "retold", "untold", "moved", "gone", "bad")  # works that were collected
+
+
 def place(ok: bool, work: Artwork) -> Place:
     return Place("t", ok, hash(tuple(getattr(work, name) for name in TOLD)), hash(work.image_url))
 
@@ -37,20 +40,25 @@ def place(ok: bool, work: Artwork) -> Place:
     ("options", "dealt", "asked"),
     [
         ({}, ["retold", "moved", "bad", "new"], ["moved", "bad", "new"]),
-        ({"refresh": True}, ["same", "retold", "moved", "gone", "bad", "new"], ["same", "retold", "moved", "gone", "bad", "new"]),
+        (
+            {"refresh": True},
+            ["same", "retold", "untold", "moved", "gone", "bad", "new"],
+            ["same", "retold", "untold", "moved", "gone", "bad", "new"],
+        ),
         ({"retry_failed": True}, ["bad"], ["bad"]),
-        ({"source": {"kind": "folder", "location": "elsewhere"}}, ["retold", "new"], ["new"]),
+        ({"source": {"kind": "folder", "location": "elsewhere"}}, ["retold", "new"], ["new"]),  # moved ones may be other works
     ],
 )
 def test_what_the_source_tells_otherwise_is_dealt_and_asked_for_only_where_it_has_moved(
     options: dict[str, Any], dealt: list[str], asked: list[str]
 ) -> None:
-    before = [Artwork(id, "", title="Sea", image_url=id) for id in ("same", "retold", "moved", "gone", "bad")]
+    before = [Artwork(id, "", title="Sea", image_url=id) for id in ONCE]
     known = {work.id: place(work.id != "bad", work) for work in before}
     now = {work.id: work for work in before} | {"new": Artwork("new", "")}
     now["retold"] = replace(now["retold"], credit="Gift of Ann")
+    now["untold"] = replace(now["untold"], title="")
     now["gone"] = replace(now["gone"], status=REJECTED, image_url="")  # it has no picture any more: the one that is there stays
-    now |= {id: replace(now[id], image_url="elsewhere") for id in ("moved", "bad")}
+    now |= {id: replace(now[id], image_url="elsewhere", title="Lake") for id in ("moved", "bad")}
     plan = Plan(known, Collect.model_validate(options))
     found = [work for block in plan.blocks(now.values()) for work in block]
     assert [work.id for work in found] == dealt
