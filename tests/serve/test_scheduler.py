@@ -489,8 +489,9 @@ async def test_a_checkpoint_that_visitors_never_get_is_tried_among_them(schedule
 async def test_a_full_line_of_pictures_of_one_row_does_not_keep_a_trial_from_ending(schedulers: Schedulers) -> None:
     """They end one at a time, and a rehearsal takes two rows."""
     limits = LIMITS.model_copy(update={"canary_s": 0.1, "canary_share": 0.0, "steps": 2})
-    scheduler = schedulers(loaded(tick_s=0.005), limits)
-    end = time.monotonic() + 10
+    main, end = loaded(tick_s=0.005), time.monotonic() + 10
+    main.engine.paused = True  # type: ignore[attr-defined]
+    scheduler = schedulers(main, limits)
 
     async def visitor(steps: int) -> None:
         while scheduler.state().checkpoint == "old-1":
@@ -499,7 +500,8 @@ async def test_a_full_line_of_pictures_of_one_row_does_not_keep_a_trial_from_end
             steps = 4
 
     visitors = [asyncio.create_task(visitor(steps)) for steps in (1, 2, 3, 4, *[4] * 8)]
-    await until(lambda: scheduler._rollout.main.running)
+    await until(lambda: scheduler.state().waiting == 8)
+    main.engine.paused = False  # type: ignore[attr-defined]
     scheduler.roll_out(loaded("new-2"))
     await asyncio.gather(*visitors)
 
