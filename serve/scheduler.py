@@ -91,6 +91,7 @@ class Scheduler:
                 main.id,
                 trial=new.id if new else "",
                 waiting=len(self._admission),
+                problem=main.problem,
                 challenger=challenger.id if challenger else "",
                 picture_check=checks.said(self._limits, main.check),
             )
