@@ -13,7 +13,7 @@ GIB = 2**30
 
 
 class Room:
-    """What loading the last checkpoint has taken, of this process alone, is what the next one needs. On a CPU nothing is asked."""
+    """What this process took to load the last checkpoint is what the next one needs. On a CPU nothing is asked."""
 
     def __init__(self, device: str) -> None:
         self._gpu = device == "cuda"

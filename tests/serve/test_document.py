@@ -117,7 +117,8 @@ def test_pages_of_listed_origins_may_call_and_others_may_not(closed: Any) -> Non
 
 def test_a_prompt_as_a_pictures_file_says_it_is_within_the_document() -> None:
     async def answers(prompt: str) -> tuple[int, int]:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(Whole(), LIMITED)), base_url="http://museum") as client:
+        transport = httpx.ASGITransport(create_app(Whole(), LIMITED))
+        async with httpx.AsyncClient(transport=transport, base_url="http://museum") as client:
             body = (await client.get("/openapi.json")).json()["paths"]["/v1/images/generations"]["post"]["requestBody"]
             schema = body["content"]["application/json"]["schema"]
             painted = await client.post("/v1/images/generations", json={"prompt": prompt})
