@@ -7,6 +7,7 @@ GET /healthz /metrics /openapi.json /
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 from dataclasses import replace
@@ -32,6 +33,8 @@ from serve.log import RequestLog, ServerErrors
 from serve.meters import HttpMeters, gathered
 from serve.stream import ClientLeft, EventStream, unless_left
 from serve.task import Backend, Event, Failed, GenerationTask, Rejected, State, Unavailable
+
+logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
@@ -133,10 +136,30 @@ class Service:
         return await _available(self.backend.state())
 
     async def models(self) -> list[dict[str, Any]]:
-        """The served checkpoint, and the adapters that a request may name. Raises ApiError (503)."""
-        checkpoint, names = (await self.state()).checkpoint, await _available(self.backend.adapters())
-        served = {"id": checkpoint, "object": "model", "created": 0, "owned_by": "momalisa"}
-        return [served, *({**served, "id": name, "parent": checkpoint} for name in names)]
+        """The served checkpoint, and the adapters that a request may name, where their store answers. Raises ApiError (503)."""
+        served = _model((await self.state()).checkpoint)
+        try:
+            return [served, *await self._adapters(served)]
+        except Unavailable as error:
+            logger.warning("/v1/models lists the served checkpoint alone: %s", error)
+            return [served]
+
+    async def model(self, id_: str) -> dict[str, Any]:
+        """Raises ApiError: 404 where there is none, 503 where an adapters' store does not say."""
+        served = _model((await self.state()).checkpoint)
+        if id_ == served["id"]:
+            return served
+        found = {one["id"]: one for one in [served, *await _available(self._adapters(served))]}
+        if id_ not in found:
+            raise ApiError(404, f"there is no model {id_[:60]!r}; {listed(list(found))}", code="model_not_found")
+        return found[id_]
+
+    async def _adapters(self, served: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{**_model(name), "parent": served["id"]} for name in await self.backend.adapters()]
+
+
+def _model(id_: str) -> dict[str, Any]:
+    return {"id": id_, "object": "model", "created": 0, "owned_by": "momalisa"}
 
 
 async def _available(asked: Awaitable[Answer]) -> Answer:
@@ -248,10 +271,7 @@ def _other_routes(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models/{id_:path}")  # an adapter's id has a slash
     async def model(request: Request, id_: str) -> Response:
         service.caller(request, "generate")
-        found = {one["id"]: one for one in await service.models()}
-        if id_ not in found:
-            raise ApiError(404, f"there is no model {id_[:60]!r}; {listed(list(found))}", code="model_not_found")
-        return JSONResponse(found[id_])
+        return JSONResponse(await service.model(id_))
 
     @app.get("/healthz")
     async def healthz() -> Response:

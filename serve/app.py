@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from momalisa import config
 from serve.answers import RETRY_AFTER_S
 from serve.api import create_app
-from serve.task import Ballot, Event, Failed, GenerationTask, Rejected, State, Unavailable
+from serve.task import STORE_WITHIN_S, Ballot, Event, Failed, GenerationTask, Rejected, State, Unavailable
 
 ANSWER_WITHIN_S = 5.0
 HOME = "MOMALISA_HOME"
@@ -69,7 +69,7 @@ class ReplicasBackend:
 
     async def adapters(self) -> list[str]:
         try:
-            names: list[str] = await asyncio.wait_for(self._generator.adapters.remote(), ANSWER_WITHIN_S)
+            names: list[str] = await asyncio.wait_for(self._generator.adapters.remote(), STORE_WITHIN_S)
         except (TimeoutError, RayError, RayServeException, Unavailable) as error:
             raise Unavailable("the adapters cannot be listed at present; try again") from error
         return names

@@ -116,7 +116,8 @@ def _fields(limits: config.Serve, kind: type[wire.ImagesRequest]) -> dict[str, A
         if name in properties:
             properties[name] = {key: value for key, value in properties[name].items() if key not in ("title", "default")}
             properties[name]["description"] = rule
-    properties["prompt"] = {"type": "string", "minLength": 1, "maxLength": limits.max_prompt_chars, "pattern": r"\S"}
+    most = limits.max_prompt_chars + len(limits.prompt_prefix)  # a picture's file says the whole prompt
+    properties["prompt"] = {"type": "string", "minLength": 1, "maxLength": most, "pattern": r"\S"}
     properties["negative_prompt"] = {"type": ["string", "null"], "maxLength": limits.max_prompt_chars}
     properties["adapter"] |= {"pattern": wire.ADAPTER, "type": ["string", "null"]}
     del properties["adapter"]["anyOf"]

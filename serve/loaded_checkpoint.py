@@ -19,11 +19,12 @@ PictureCheck = Callable[[Image.Image], str | None]
 class LoadedCheckpoint:
     """`running`: the samples in the engine's batch, by the engine's numbers; the scheduler keeps them.
 
-    `path`: the checkpoint's, as refs/best names it; `check`: what finished pictures must pass.
+    `path`: the checkpoint's, as refs/best names it; `check`: what finished pictures must pass; `problem`: what is not as the
+    settings want it, or an empty string.
     """
 
-    def __init__(self, engine: Engine, id_: str, path: str, check: PictureCheck | None = None) -> None:
-        self.engine, self.id, self.path, self.check = engine, id_, path, check
+    def __init__(self, engine: Engine, id_: str, path: str, check: PictureCheck | None = None, problem: str = "") -> None:
+        self.engine, self.id, self.path, self.check, self.problem = engine, id_, path, check, problem
         self.running: dict[int, Sample] = {}
         self.pending_row_steps = 0
         self.decoding: frozenset[int] = frozenset()

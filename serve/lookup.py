@@ -16,13 +16,12 @@ from momalisa.config import Diffusion
 from momalisa.engine import Catalogue, NoAdapter
 from momalisa.storage import Store
 from serve.errors import listed
-from serve.task import Failed, Unavailable
+from serve.task import STORE_WITHIN_S, Failed, Unavailable
 
 logger = logging.getLogger(__name__)
 
 THREADS = 4
 PATIENCE_S = 5.0  # of the store with its bucket
-WITHIN_S = 10.0  # of a visitor with the store
 LISTED_S = 30.0  # how long a list of all adapters is told again
 
 
@@ -40,7 +39,7 @@ class Lookup:
     async def adapters(self, base: Diffusion) -> list[str]:
         """The names of those for a base, as they were at most `LISTED_S` ago. Raises Unavailable."""
         try:
-            found = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self._newest_listing())), WITHIN_S)
+            found = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self._newest_listing())), STORE_WITHIN_S)
         except Exception as error:  # whatever a store may raise
             logger.error("adapters could not be listed: %s: %s", type(error).__name__, error)
             raise Unavailable("the adapters cannot be listed at present; try again") from None
@@ -52,7 +51,7 @@ class Lookup:
             return None
         try:
             finding = asyncio.get_running_loop().run_in_executor(self._threads, self.catalogue.find, name)
-            await asyncio.wait_for(finding, WITHIN_S)
+            await asyncio.wait_for(finding, STORE_WITHIN_S)
         except NoAdapter as error:
             logger.info("%s", error)
             return Failed(f"there is no adapter {name}{await self._others(base)}", missing=True)

@@ -57,7 +57,7 @@ class Generator:
         path = path or checkpoint.read_best(self._store).path
         self.meters, self._lookup = Meters(), Lookup(settings.root)
         self._name = uuid.uuid4().hex[:8]
-        self._challenger_problem = self._not_compiled = self._told = ""
+        self._challenger_problem = self._told = ""
         self._bases: dict[str, Diffusion] = {}  # by the paths of checkpoints that were loaded
         self._scheduler = Scheduler(self._load(path), settings.serve, self.meters, self._challenger(settings.serve.challenger))
         every_s = settings.serve.watch_s
@@ -73,11 +73,12 @@ class Generator:
 
     async def state(self) -> State:
         """What is served; answers while painting too."""
-        problem = (self._watch.problem if self._watch else "") or self._challenger_problem or self._not_compiled
+        state = self._scheduler.state()
+        problem = (self._watch.problem if self._watch else "") or self._challenger_problem or state.problem
         if problem != self._told:  # the whole of it is for the log alone
             self._told = problem
             logger.warning("what is served is not what is wanted: %s", problem or "it is again")
-        return replace(self._scheduler.state(), problem=problem)
+        return replace(state, problem=problem)
 
     async def adapters(self) -> list[str]:
         """Those for the base of what is served. Raises Unavailable where the store does not answer."""
@@ -152,9 +153,9 @@ class Generator:
             catalogue=self._lookup.catalogue,
         )
         compiled = not serve.compile or engine.compile([serve.size_px], serve.compile_cache or None)
-        self._not_compiled = "" if compiled else f"{published.id} is drawn without torch.compile"
+        problem = "" if compiled else f"{published.id} is drawn without torch.compile"
         check = checks.picture_check(serve, published.diffusion, self._device)
-        loaded = LoadedCheckpoint(engine, published.id, path, check)
+        loaded = LoadedCheckpoint(engine, published.id, path, check, problem)
         self._bases[path] = published.diffusion
         rehearsal.warm_up(loaded, serve)
         logger.info("%s is ready on %s after %.1f s", published.id, self._device, time.monotonic() - started)

@@ -13,7 +13,7 @@ GIB = 2**30
 
 
 class Room:
-    """What loading a checkpoint has taken is what the next one needs. On a CPU nothing is asked."""
+    """What this process took to load the last checkpoint is what the next one needs. On a CPU nothing is asked."""
 
     def __init__(self, device: str) -> None:
         self._gpu = device == "cuda"
@@ -26,7 +26,7 @@ class Room:
             yield
             return
         tidy()
-        free = _free()
+        free, reserved = _free(), torch.cuda.memory_reserved()
         if free < self._needed:
             raise ValueError(
                 f"there is no GPU memory for a second checkpoint: {free / GIB:.2f} GiB are free, and one took "
@@ -34,7 +34,7 @@ class Room:
                 "serve.watch_s=0 and a new `release`"
             )
         yield
-        self._needed = max(self._needed, free - _free())
+        self._needed = torch.cuda.memory_reserved() - reserved
 
 
 def tidy() -> None:

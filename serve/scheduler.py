@@ -91,6 +91,7 @@ class Scheduler:
                 main.id,
                 trial=new.id if new else "",
                 waiting=len(self._admission),
+                problem=main.problem,
                 challenger=challenger.id if challenger else "",
                 picture_check=checks.said(self._limits, main.check),
             )
@@ -264,14 +265,17 @@ class Scheduler:
                 self._close(sample.active, Failed(str(error), wrong=True))
 
     def _rehearse(self, free: int) -> int:
-        """Let the new checkpoint paint for nobody where its trial needs that; how many of the free rows it takes."""
+        """Let the new checkpoint paint for nobody where its trial needs that; how many of the free rows it takes.
+
+        Too few are kept free for it: smaller pictures would else take each one as it comes.
+        """
         new, canary, now = self._rollout.new, self._rollout.canary, self._clock()
         idle = not (self._active or self._finishing)
         if self._closing or new is None or canary is None or new.running or not canary.rehearses(idle, now):
             return 0
         sample = rehearsal.sample_of(self._limits, canary.pictures, now)
         if sample.rows > free:
-            return 0
+            return free
         try:
             new.start(sample)
         except ValueError as error:

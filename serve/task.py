@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 Sampler = Literal["ddim", "euler", "dpmpp_2m", "dpmpp_2m_karras", "unipc"]  # as momalisa.engine, which imports torch
 Tier = Literal["full", "interval", "draft"]  # as momalisa.engine.tiers
+STORE_WITHIN_S = 10.0  # of a visitor with the adapters' store
 
 
 @dataclass(frozen=True)

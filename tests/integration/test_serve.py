@@ -192,6 +192,7 @@ def test_what_visitors_type_is_in_none_of_rays_logs(client: openai.OpenAI) -> No
     end, said = time.monotonic() + 20, ""
     while not all(visit in said for visit in visits):  # a line may be written after its answer
         assert time.monotonic() < end, "the requests are not logged at all"
+        time.sleep(0.2)
         said = "".join(file.read_bytes().decode(errors="replace") for file in logs.rglob("*") if file.is_file())
     assert word not in said
 

@@ -181,17 +181,18 @@ async def test_a_list_of_adapters_is_read_once_in_a_while(house: Generator, monk
         made.close()
 
 
-async def test_a_store_that_cannot_be_listed_is_a_503_and_asked_again(
+async def test_a_store_that_cannot_be_listed_leaves_the_served_checkpoint_and_is_asked_again(
     visitor: httpx.AsyncClient, house: Generator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = Lookup(house._store.root)
     monkeypatch.setattr(house, "_lookup", made)
     with monkeypatch.context() as broken:
         broken.setattr(made.catalogue.store, "list", lambda folder: (_ for _ in ()).throw(StorageError("gs://secret is away")))
-        for path in ("/v1/models", "/v1/models/waves/1"):
-            answer = await visitor.get(path)
-            assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
-            assert "secret" not in answer.text
+        answer = await visitor.get("/v1/models/waves/1")
+        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+        assert "secret" not in answer.text
+        served = [model["id"] for model in (await visitor.get("/v1/models")).json()["data"]]
+        assert served == ["tiny-64"]
         unknown = await visitor.post(PATH, json={"prompt": "x", "adapter": "nobody/2"})
         assert (unknown.status_code, unknown.json()["error"]["message"]) == (404, "there is no adapter nobody/2")
     assert "gs://secret is away" in caplog.text
@@ -215,6 +216,23 @@ async def test_a_store_that_does_not_answer_holds_up_nobody_else(
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
 
 
+async def test_the_served_checkpoint_is_told_while_the_store_of_adapters_does_not_answer(
+    visitor: httpx.AsyncClient, house: Generator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made, opened = Lookup(house._store.root), threading.Event()
+    monkeypatch.setattr(house, "_lookup", made)
+    monkeypatch.setattr(made.catalogue.store, "list", lambda folder: (opened.wait(20), [])[1])
+    try:
+        assert (await asyncio.wait_for(visitor.get("/v1/models/tiny-64"), 5)).json()["id"] == "tiny-64"
+        monkeypatch.setattr(lookup, "STORE_WITHIN_S", 0.1)
+        answer = await visitor.get("/v1/models")
+        assert (answer.status_code, [model["id"] for model in answer.json()["data"]]) == (200, ["tiny-64"])
+        assert "/v1/models lists the served checkpoint alone" in caplog.text
+    finally:
+        opened.set()
+        made.close()
+
+
 @pytest.mark.parametrize("error", [StorageError("gs://secret could not be reached"), PermissionError("gs://secret")])
 async def test_a_store_that_fails_is_a_503_and_its_address_is_for_the_log(
     visitor: httpx.AsyncClient,
@@ -236,7 +254,7 @@ async def test_a_store_that_fails_is_a_503_and_its_address_is_for_the_log(
 async def test_nobody_waits_long_for_a_store(
     visitor: httpx.AsyncClient, house: Generator, gates: list[Gate], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lookup, "WITHIN_S", 0.1)
+    monkeypatch.setattr(lookup, "STORE_WITHIN_S", 0.1)
     gate = behind(house, gates, monkeypatch, Gate("slow"))
     names = [f"late/{number}" for number in range(2 * lookup.THREADS)]
     answers = await asyncio.gather(*(visitor.post(PATH, json={"prompt": "x", "adapter": name}) for name in names))

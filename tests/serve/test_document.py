@@ -115,6 +115,20 @@ def test_pages_of_listed_origins_may_call_and_others_may_not(closed: Any) -> Non
     assert asyncio.run(allowed("https://elsewhere.example")) is None
 
 
+def test_a_prompt_as_a_pictures_file_says_it_is_within_the_document() -> None:
+    async def answers(prompt: str) -> tuple[int, int]:
+        transport = httpx.ASGITransport(create_app(Whole(), LIMITED))
+        async with httpx.AsyncClient(transport=transport, base_url="http://museum") as client:
+            body = (await client.get("/openapi.json")).json()["paths"]["/v1/images/generations"]["post"]["requestBody"]
+            schema = body["content"]["application/json"]["schema"]
+            painted = await client.post("/v1/images/generations", json={"prompt": prompt})
+            return painted.status_code, schema["properties"]["prompt"]["maxLength"]
+
+    longest = LIMITED.prompt_prefix + "x" * LIMITED.max_prompt_chars
+    assert asyncio.run(answers(longest)) == (200, len(longest))
+    assert asyncio.run(answers(longest + "x"))[0] == 400
+
+
 def test_samplers_are_the_engines() -> None:
     from momalisa.engine import SAMPLERS
     from serve import wire

@@ -22,6 +22,7 @@ from serve.replica import Generator, device
 from serve.task import Completed, GenerationTask
 from tests.checkpoint.test_text_adapters import published
 from tests.engine.conftest import difference
+from tests.serve.test_scheduler import until
 
 ROOT = Path(__file__).parents[2]
 
@@ -103,6 +104,25 @@ async def test_without_a_compiler_pictures_come_and_the_state_says_so(
         assert (await generator.state()).problem == "tiny-64 is drawn without torch.compile"
         last = [event async for event in generator.generate(GenerationTask("x", (0,), 2, 1.0, 64))][-1]
         assert last == Completed("tiny-64")
+    finally:
+        await asyncio.to_thread(generator.close)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+async def test_of_two_checkpoints_the_main_one_is_drawn_without_a_compiler_or_not(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    """Whichever was loaded last."""
+    answers, problem = iter([compiled, not compiled]), {True: "", False: "tiny-64 is drawn without torch.compile"}
+    monkeypatch.setattr(Engine, "compile", lambda *_: next(answers))
+    serve = settings.serve.model_copy(update={"compile": True, "canary_s": 0})
+    generator = Generator(settings.model_copy(update={"serve": serve}))
+    try:
+        new = await asyncio.to_thread(generator._load, "checkpoints/tiny/64")
+        assert (await generator.state()).problem == problem[compiled]
+        generator._scheduler.roll_out(new)
+        await until(lambda: generator._scheduler._rollout.main is new)
+        assert (await generator.state()).problem == problem[not compiled]
     finally:
         await asyncio.to_thread(generator.close)
 

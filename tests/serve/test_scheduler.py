@@ -486,6 +486,26 @@ async def test_a_checkpoint_that_visitors_never_get_is_tried_among_them(schedule
     await asyncio.gather(long, return_exceptions=True)
 
 
+async def test_a_full_line_of_pictures_of_one_row_does_not_keep_a_trial_from_ending(schedulers: Schedulers) -> None:
+    """They end one at a time, and a rehearsal takes two rows."""
+    limits = LIMITS.model_copy(update={"canary_s": 0.1, "canary_share": 0.0, "steps": 2})
+    main, end = loaded(tick_s=0.005), time.monotonic() + 10
+    main.engine.paused = True  # type: ignore[attr-defined]
+    scheduler = schedulers(main, limits)
+
+    async def visitor(steps: int) -> None:
+        while scheduler.state().checkpoint == "old-1":
+            assert time.monotonic() < end, "the trial never ends"
+            assert isinstance(await outcome_of(scheduler, task_of(1, steps=steps)), Completed)
+            steps = 4
+
+    visitors = [asyncio.create_task(visitor(steps)) for steps in (1, 2, 3, 4, *[4] * 8)]
+    await until(lambda: scheduler.state().waiting == 8)
+    main.engine.paused = False  # type: ignore[attr-defined]
+    scheduler.roll_out(loaded("new-2"))
+    await asyncio.gather(*visitors)
+
+
 async def test_a_long_request_ends_on_the_weights_it_began_with(schedulers: Schedulers) -> None:
     old = loaded(tick_s=0.01)
     scheduler = schedulers(old, LIMITS.model_copy(update={"canary_s": 0}))
