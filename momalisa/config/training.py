@@ -132,7 +132,11 @@ class Train(Section):
     @property
     def share(self) -> int:
         """The most works of a batch that fall to one worker: whole cells, of the fewest workers that the run goes on with."""
-        return -(-self._cells_of(self.batch) // (self.min_workers or self.workers)) * self.cell_size
+        return self.share_of(self.min_workers or self.workers)
+
+    def share_of(self, workers: int) -> int:
+        """The most works of a batch that fall to one of so many workers."""
+        return -(-self._cells_of(self.batch) // workers) * self.cell_size
 
     def _cell_of(self, batch: int) -> int:
         return self.cell or next((size for size in (4, 3, 2) if batch % size == 0 and batch >= 4 * size), 1)
