@@ -13,10 +13,10 @@ over the rounds; `cpu_ratio` is the same ratio of processor seconds, for machine
 trains on latents that were encoded before, as the encode job does; the script encodes each picture with the VAE at every step.
 `--ladder` begins with what the script does at every step (VAE and text encoder, fp32) and switches our optimisations on one
 after another (bench/ladder.py), each in a process of its own, in every round; the last is what the other options ask for, and
-one that fails is left out. Its rows have the images/s with a rung and with the one before, and their ratio. `--size sd14` is
-Stable Diffusion 1.4's architecture at 512x512 with random weights; in fp32 it needs `--micro-batch 4` to fit 80 GB (both sides
-accumulate gradients then). On a GPU the line has both sides' peak memory, as PyTorch's allocator saw it, beside what
-momalisa/training/memory.py computes for ours (with CUDA's context), and both sides' MFU.
+one that fails is left out: the next has what it adds, too. Its rows have the images/s with a rung and with the one before, and
+their ratio. `--size sd14` is Stable Diffusion 1.4's architecture at 512x512 with random weights; in fp32 it needs
+`--micro-batch 4` to fit 80 GB (both sides accumulate gradients then). On a GPU the line has both sides' peak memory, as
+PyTorch's allocator saw it, beside what momalisa/training/memory.py computes for ours (with CUDA's context), and both sides' MFU.
 
 On a busy machine take `--threads 1`: idle threads that wait for others count as processor seconds. The last line printed is
 one JSON object.
@@ -338,14 +338,20 @@ def hardware(options: argparse.Namespace) -> str:
 
 
 def gains(options: argparse.Namespace, found: Rounds) -> list[dict[str, Any]]:
-    """Each rung of the ladder beside the one before it; the first beside the script."""
+    """Each rung of the ladder, by its number, beside the last below it that was not left out, and what is new since that one;
+    the first beside the script."""
     import ladder
 
     *below, (top, _) = ladder.climb(options)
-    named = [(said, RUNG + said) for said, _ in below if RUNG + said in found] + [(top, "ours")]
-    return [
-        {
-            "rung": said,
+    made: list[dict[str, Any]] = []
+    before, added = "peer", list[str]()
+    for number, (said, name) in enumerate([*((said, RUNG + said) for said, _ in below), (top, "ours")]):
+        added = [*added, said] if number > 1 else [said]  # rung 0 adds nothing
+        if name not in found:
+            continue
+        rung = {
+            "number": number,
+            "rung": " ".join(added),
             "images_per_s": rate(options, found[name]),
             "before": rate(options, found[before]),
             "gain": ratio(found, name, before, "clock_s"),
@@ -353,17 +359,18 @@ def gains(options: argparse.Namespace, found: Rounds) -> list[dict[str, Any]]:
             "ratio": ratio(found, name, "peer", "clock_s"),
             "mfu": found[name][-1].get("mfu"),
         }
-        for before, (said, name) in zip(["peer", *(name for _, name in named)], named, strict=False)
-    ]
+        made.append(rung)
+        before, added = name, []
+    return made
 
 
 def table(figures: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of RESULTS.md: the claim, then the ladder's rungs, each against the one before it."""
     what, _, against = figures["claim"].partition("; ")
     made = [{name: figures[name] for name in COLUMNS}]
-    for number, rung in enumerate(figures.get("ladder", [])):
-        peer = "the rung before" if number else against.rpartition(" against ")[2]
-        claim = f"{what}; ladder {number}: {rung['rung']}, against {peer}"
+    for rung in figures.get("ladder", []):
+        peer = "the rung before" if len(made) > 1 else against.rpartition(" against ")[2]
+        claim = f"{what}; ladder {rung['number']}: {rung['rung']}, against {peer}"
         made.append({**made[0], "claim": claim, "ours": rung["images_per_s"], "peer": rung["before"], "ratio": rung["gain"]})
     return made
 

@@ -105,9 +105,16 @@ class WandbRun:
         }
         beside = mode(settings) != "disabled"
         self._staged_before = stage(str(self.directory / "wandb") if beside else os.environ.get(STAGING))
-        self._run = self._init(mode(settings))
-        self._run.define_metric("images_seen")
-        self._run.define_metric("*", step_metric="images_seen")
+        try:
+            self._run = self._init(mode(settings))
+            self._run.define_metric("images_seen")
+            self._run.define_metric("*", step_metric="images_seen")
+        except BaseException:
+            stage(self._staged_before)
+            if self._bucket is not None:
+                wandb.teardown()
+                shutil.rmtree(self.directory)
+            raise
 
     def _init(self, how: str) -> Any:
         options = self._wandb.Settings(
@@ -119,6 +126,7 @@ class WandbRun:
             init_timeout=self._settings.wandb.connect_timeout_s,
             login_timeout=self._settings.wandb.connect_timeout_s,
             finish_timeout=FINISH_S,
+            finish_timeout_raises=how == "online",
         )
         try:
             return self._wandb.init(**self._begin, mode=cast("Any", how), settings=options)
@@ -158,11 +166,17 @@ class WandbRun:
         self._run.log_artifact(artifact, aliases=[alias, "latest"])
 
     def finish(self) -> None:
-        self._run.finish()
-        stage(self._staged_before)
-        if self._bucket is not None and self._run.offline:
+        """Raises TimeoutError where an online run's uploads take longer than FINISH_S: what is left of it stays on disk."""
+        offline = self._run.offline
+        try:
+            self._run.finish()
+        finally:
+            stage(self._staged_before)
+        if self._bucket is not None:
             self._wandb.teardown()  # W&B's own process writes its last lines when it ends
-            self._carry(self._bucket)
+            if offline:
+                self._carry(self._bucket)
+            shutil.rmtree(self.directory)
 
     def _carry(self, bucket: Store) -> None:
         """Bring an offline run, and what it has staged, from this machine to <root>/wandb/<run>/<its folder here>."""
@@ -173,7 +187,6 @@ class WandbRun:
         fetch = f"mkdir -p {here} && gcloud storage cp -r {bucket.url(folder)} {here}"
         how = f"`{fetch} && wandb sync {self.directory}/wandb/offline-run-*`"
         bucket.write_bytes(f"{folder}/README", f"{how}\n".encode())
-        shutil.rmtree(self.directory)
         print(f"W&B: this offline run is in {bucket.url(folder)}; bring it to the server with {how}", flush=True)
 
 

@@ -155,6 +155,31 @@ def test_an_offline_run_beside_a_bucket_is_brought_there(
     assert list((here / name).glob(f"wandb/offline-run-*/files/{table}"))
 
 
+@pytest.mark.parametrize("breaks", ["nothing", "init", "define_metric", "finish"])
+def test_a_run_beside_a_bucket_leaves_nothing_here_but_what_it_could_not_send(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], breaks: str
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise TimeoutError("no answer")
+
+    if breaks == "init":
+        monkeypatch.setattr(wandb, "init", broken)
+    elif breaks != "nothing":
+        monkeypatch.setattr(wandb.Run, breaks, broken)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("WANDB_DATA_DIR", "/where/it/was")
+    mode = config.Wandb(mode="disabled" if breaks == "nothing" else "offline")
+    tracker = Tracker(settings.model_copy(update={"root": f"memory://{uuid.uuid4().hex}/moma", "wandb": mode}), "demo-1", "train")
+    tracker.log({"loss": 1.0, "images_seen": 32})
+    tracker.finish()
+    assert os.environ["WANDB_DATA_DIR"] == "/where/it/was"
+    monkeypatch.undo()
+    said = "W&B cannot follow: TimeoutError: no answer; going on without" in capsys.readouterr().out
+    assert said == (breaks != "nothing")
+    wandb.teardown()
+    assert len(list(tmp_path.glob("momalisa-wandb-*"))) == (breaks == "finish")
+
+
 def test_a_server_that_does_not_answer_means_offline_and_one_message(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -52,7 +52,7 @@ def card(manifest: Mapping[str, Any], scores: Mapping[str, Any] | None = None) -
     schedule = {"noise schedule": "with zero terminal SNR"} if chosen.get("zero_terminal_snr") else {}
     made = training.get("average")
     average = {"average of the weights": f"a power function, sigma_rel {made['sigma_rel']:g}"} if made else {}
-    by_artist = {"held-out works": "chosen by artist: nothing else by these artists was trained on"}
+    by_artist = {"held-out works": "chosen by the artist named first: works that name them second may have been trained on"}
     facts = {
         "what": kind,
         "base model": f"{base['model']} at revision {base.get('revision') or '(as it is)'}",

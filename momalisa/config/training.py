@@ -101,8 +101,8 @@ class Train(Section):
     peak_tflops: float | None = Field(default=None, gt=0)
     """The accelerator's dense peak in `precision`, for the MFU (default: known for common NVIDIA GPUs, else no MFU)."""
     cache_dir: str | None = None
-    """A folder on each node's disk for the latents, 6.4 GB for 100,000 works at 512x512 (default: below the system's folder
-    for temporary files)."""
+    """A folder on each node's own disk, not on one that nodes share (locks on NFS are not reliable), for the latents: 6.4 GB for
+    100,000 works at 512x512 (default: below the system's folder for temporary files)."""
     held_out_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Works kept out of training, chosen by hash: promote measures on them."""
     split_by: Literal["work", "artist"] = "work"
@@ -132,7 +132,11 @@ class Train(Section):
     @property
     def share(self) -> int:
         """The most works of a batch that fall to one worker: whole cells, of the fewest workers that the run goes on with."""
-        return -(-self._cells_of(self.batch) // (self.min_workers or self.workers)) * self.cell_size
+        return self.share_of(self.min_workers or self.workers)
+
+    def share_of(self, workers: int) -> int:
+        """The most works of a batch that fall to one of so many workers."""
+        return -(-self._cells_of(self.batch) // workers) * self.cell_size
 
     def _cell_of(self, batch: int) -> int:
         return self.cell or next((size for size in (4, 3, 2) if batch % size == 0 and batch >= 4 * size), 1)

@@ -220,6 +220,7 @@ def collection_distance(settings: Settings, planned: Plan) -> float | None:
     pairs, more = references(settings, planned)
     if len(more) < 2:
         return None
+    full_precision()
     features = ClipFeatures(settings.promote.clip_model, settings.promote.clip_revision, device(settings))
     return mmd2(features(more), features([picture for _, picture in pairs]))
 

@@ -127,7 +127,7 @@ class Batches:
 
     def most_shapes(self) -> int:
         """How many shapes [B, C, H, W] a pass can have at most: each bucket's, with every number of samples."""
-        share = -(-(self.train.batch // self.train.cell_size) // self.workers) * self.train.cell_size
+        share = self.train.share_of(self.workers)
         return len(self.cells.buckets) * min(self.train.micro_batch or share, share)
 
     def ids(self, images_seen: int) -> list[str]:

@@ -156,8 +156,8 @@ def _fetch(dataset: Dataset, tables: Sequence[str], folder: Path, name: str) -> 
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what no living process holds. Called with the folder's lock."""
-    for path in folder.glob("*.f16"):
+    """Remove what no living process holds, of the files that are made here. Called with the folder's lock."""
+    for path in folder.glob("[0-9a-f]" * 24 + ".f16"):
         with open(path, "rb") as file, contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.with_suffix(".parquet").unlink(missing_ok=True)

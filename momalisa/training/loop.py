@@ -259,8 +259,10 @@ class Trainer:
             return
         failure = ""
         if self.accelerator.is_main_process:
-            self._save()
             self.writer.settle()
+            if self.writer.written != self.progress.images_seen:
+                self._save()
+                self.writer.settle()
             failure, self.writer.failure = self.writer.failure, ""  # said below
         (lost,) = broadcast_object_list([failure])
         seen, there = f"{self.progress.images_seen} images seen", "the same command goes on from"

@@ -188,10 +188,11 @@ def table(settings: Settings) -> str:
     found = estimate(settings)
     lines = [f"{field.name:14} {getattr(found, field.name):6.2f} GiB" for field in dataclasses.fields(found)]
     exchanged = f"{'exchanged':14} {gradient_bytes(settings) / 1e6:6.1f} MB of gradients a step, where there are several workers"
-    written = (
-        f"{'checkpoint':14} {checkpoint_bytes(settings) / GIB:6.2f} GiB of the machine's memory, worker 0's, while one is written"
+    kept = (
+        f"{'checkpoint':14} {checkpoint_bytes(settings) / GIB:6.2f} GiB of the machine's memory, worker 0's, kept for the run; "
+        "20% more beside a GPU"
     )
-    return "\n".join([*lines, f"{'peak':14} {found.peak:6.2f} GiB", exchanged, written])
+    return "\n".join([*lines, f"{'peak':14} {found.peak:6.2f} GiB", exchanged, kept])
 
 
 def gradient_bytes(settings: Settings) -> int:

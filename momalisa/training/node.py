@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import IO
 
 from momalisa.storage import FULL
+
+MADE = re.compile(r"[0-9a-f]{24}(\.partial)?")  # names of folders that `shared` makes
 
 
 def folder(chosen: str | None) -> Path:
@@ -34,43 +37,49 @@ def locked(path: Path) -> Iterator[IO[bytes]]:
 def shared(place: Path, name: str, fetch: Callable[[Path], object]) -> Iterator[Path]:
     """The folder `<place>/<name>`, which the first process fills with `fetch` and the last one that leaves removes.
 
-    Raises what `fetch` does, and OSError where the disk is full; a folder that is not whole is never seen.
+    `name` is 24 hexadecimal digits: folders of other names in `place` are the user's own. Raises what `fetch` does, and OSError
+    where the disk is full; a folder that is not whole is never seen.
     """
     place.mkdir(parents=True, exist_ok=True)
-    whole = place / name
-    with locked(place / "lock"):
-        if not whole.exists():
-            _sweep(place)
-            _make(whole, fetch)
-        held = os.open(whole, os.O_RDONLY)
+    whole, partial = place / name, place / f"{name}.partial"
+    with contextlib.ExitStack() as stack:
+        try:
+            with locked(place / "entering"):  # for as long as a download takes; who leaves needs the other lock only
+                if stack.enter_context(_held(whole, partial)) == partial:
+                    fetch(partial)
+                    partial.rename(whole)  # and is held as before
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise OSError(
+                f"a checkpoint's state could not be kept in {place} ({error}); free space or set train.cache_dir"
+            ) from error
+        yield whole
+
+
+@contextlib.contextmanager
+def _held(whole: Path, partial: Path) -> Iterator[Path]:
+    """Hold the whole folder where another process does, or else a new one to be filled."""
+    with locked(whole.parent / "lock"):
+        _sweep(whole.parent)
+        found = whole if whole.exists() else partial
+        if found == partial:
+            partial.mkdir()
+        held = os.open(found, os.O_RDONLY)
         fcntl.flock(held, fcntl.LOCK_SH)
     try:
-        yield whole
+        yield found
     finally:
         os.close(held)
-        with locked(place / "lock"):
-            _sweep(place)
-
-
-def _make(whole: Path, fetch: Callable[[Path], object]) -> None:
-    partial = whole.with_name(f"{whole.name}.partial")
-    try:
-        partial.mkdir()
-        fetch(partial)
-        partial.rename(whole)
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise OSError(
-            f"a checkpoint's state could not be kept in {whole.parent} ({error}); free space or set train.cache_dir"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with locked(whole.parent / "lock"):
+            _sweep(whole.parent)
 
 
 def _sweep(place: Path) -> None:
-    """Remove what no living process holds. Called with the lock."""
-    for path in filter(Path.is_dir, place.iterdir()):
+    """Remove what no living process holds, of the folders that are made here. Called with the lock."""
+    for path in place.iterdir():
+        if not MADE.fullmatch(path.name):
+            continue
         found = os.open(path, os.O_RDONLY)
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -41,6 +41,7 @@ class Writer:
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._waiting: Future[Checkpoint] | None = None
         self.failure = ""  # what kept the last snapshot from being written
+        self.written: int | None = None  # how many images the last one that was written had seen
 
     def submit(self, snapshot: Snapshot) -> None:
         """Begin to write; waits first for the one before."""
@@ -57,7 +58,9 @@ class Writer:
         if self.failure:
             print(f"train: a checkpoint could not be written ({self.failure}); going on", flush=True)
             return
-        self.said(waiting.result())
+        written = waiting.result()
+        self.written = written.images_seen
+        self.said(written)
 
     def close(self) -> None:
         """Wait, and raise what kept the last snapshot from being written. Raises OSError."""

@@ -123,4 +123,4 @@ def test_the_card_says_base_licence_data_and_scores(store: Store, tiny_base: Pat
     assert "held-out works" not in card
     dealt = replace(saved, training={**saved.training, "settings": {"split_by": "artist"}})
     checkpoints.write(store, dealt, tmp_path / "weights")
-    assert "| held-out works | chosen by artist: " in store.read_bytes(f"{saved.path}/README.md").decode()
+    assert "| held-out works | chosen by the artist named first: " in store.read_bytes(f"{saved.path}/README.md").decode()

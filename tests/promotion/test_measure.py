@@ -173,7 +173,7 @@ def test_references_are_held_out_works_with_their_captions(museum: Museum) -> No
         assert picture.getpixel((0, 0)) == (12 * int(name.removeprefix("work-")), 0, 0)
 
 
-def test_the_distance_says_what_it_was_measured_on(museum: Museum, tmp_path: Path) -> None:
+def test_the_distance_says_what_it_was_measured_on(museum: Museum, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings, planned = museum
     tokenizer = models.build_clip_tokenizer()
     torch.manual_seed(0)
@@ -184,6 +184,11 @@ def test_the_distance_says_what_it_was_measured_on(museum: Museum, tmp_path: Pat
     assert found["pictures"] == 3
     assert found["mmd"] == measure.measured(judged, planned, None, DISTANCE)["mmd"]
     assert measure.collection_distance(judged, planned) is None  # no more works than these
+    pairs, _ = measure.references(judged, planned)
+    monkeypatch.setattr(measure, "references", lambda *_: (pairs, [picture for _, picture in pairs]))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert measure.collection_distance(judged, planned) is not None
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_general_captions_are_two_hundred_and_varied() -> None:

@@ -614,7 +614,7 @@ def test_a_collection_file_of_200_mb_is_no_load_for_the_job(tmp_path: Path) -> N
         assert f"lists no work to collect ({count} are not on view)" in (tmp_path / "log").read_text()
         peaks_mib.append(used.ru_maxrss / 1024)
     assert large.stat().st_size > 195_000_000
-    assert peaks_mib[1] - peaks_mib[0] < 20
+    assert peaks_mib[1] - peaks_mib[0] < 60
 
 
 def test_the_wing_lists_what_the_source_reads(base: str, tmp_path: Path) -> None:

@@ -97,10 +97,12 @@ def test_what_a_killed_process_left_is_made_anew(dataset: Dataset, tmp_path: Pat
 def test_files_that_nobody_uses_make_room(dataset: Dataset, tmp_path: Path) -> None:
     tables = [dataset.put_rows("latents/x", [row("a", number), row("b", number)], LATENTS) for number in (1, 2, 3)]
     held = caches.load(dataset, [tables[0]], tmp_path / "cache")
+    (tmp_path / "cache" / "my own.f16").write_bytes(b"mine")
     caches.load(dataset, [tables[1]], tmp_path / "cache")  # let go at once
     gc.collect()
     caches.load(dataset, [tables[2]], tmp_path / "cache")
-    assert len(list((tmp_path / "cache").glob("*.f16"))) == 2
+    assert len(list((tmp_path / "cache").glob("*.f16"))) == 3
+    assert (tmp_path / "cache" / "my own.f16").read_bytes() == b"mine"
     assert held.stacked()[0, 0, 0, 0] == 1
 
 

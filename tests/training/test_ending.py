@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from momalisa.checkpoint import read_all
+from momalisa.checkpoint import Checkpoint, read_all
 from momalisa.config import Settings, from_file
 from momalisa.storage import Store
 from momalisa.training import run as runs
 from momalisa.training.loop import Events, Interrupted, Trainer
+from momalisa.training.writer import Snapshot, Writer
 from tests.integration.test_elastic import publish
 
 HOME = Path(__file__).parents[2]
@@ -42,3 +43,24 @@ def test_a_run_that_ends_anyway_is_not_interrupted(tiny_base: Path, tmp_path: Pa
     made = settings(tiny_base, tmp_path / "short").model_copy()
     made = made.model_copy(update={"train": made.train.model_copy(update={"images": 40})})
     assert Trainer(runs.load(made, runs.plan(made)), Events(ending=lambda: True)).train().images_seen == 40
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_checkpoint_of_that_step_is_written_again_only_if_it_failed(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    made, write, begun = settings(tiny_base, tmp_path), Writer._write, list[int]()
+    made = made.model_copy(update={"train": made.train.model_copy(update={"checkpoint_every_images": 40})})
+    plan, asked = runs.plan(made), iter([False, True])
+
+    def noted(writer: Writer, snapshot: Snapshot) -> Checkpoint:
+        begun.append(snapshot.checkpoint.images_seen)
+        if fails and begun == [40, 80]:
+            raise OSError("the bucket is busy")
+        return write(writer, snapshot)
+
+    monkeypatch.setattr(Writer, "_write", noted)
+    with pytest.raises(Interrupted, match="80 images seen; the same command goes on from there"):
+        Trainer(runs.load(made, plan), Events(ending=lambda: next(asked))).train()
+    assert begun == ([40, 80, 80] if fails else [40, 80])
+    assert [saved.images_seen for saved in read_all(Store(made.root), plan.name)] == [40, 80]

@@ -132,6 +132,7 @@ def test_the_table_adds_up(tiny_base: Path) -> None:
     peak, exchanged, written = (float(line.split()[1]) for line in lines[-3:])
     assert peak == pytest.approx(memory.estimate(made).peak, abs=0.01)
     assert exchanged == pytest.approx(memory.gradient_bytes(made) / 1e6, abs=0.1)
+    assert lines[-1].endswith("kept for the run; 20% more beside a GPU")
     assert written == pytest.approx(memory.checkpoint_bytes(made) / memory.GIB, abs=0.01)
 
 

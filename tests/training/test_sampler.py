@@ -63,7 +63,7 @@ def test_the_share_is_what_the_fewest_workers_can_get(cells: int, size: int, wor
     for least, group in ((None, workers), (fewer, fewer)):
         train = Train(batch=cells * size, cell=size, workers=workers, min_workers=least)
         hands = [sum(len(cell.samples) for cell in deal(batch, rank, group)) for rank in range(group)]
-        assert train.share == max(hands)
+        assert train.share == train.share_of(group) == max(hands)
 
 
 @settings(deadline=None)
