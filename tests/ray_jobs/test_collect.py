@@ -446,7 +446,7 @@ class TestOnRay:
             ray.kill(pauses._book)
             monkeypatch.setattr(_pauses, "PATIENCE_S", 0.1)
             while await pauses.beyond(None):  # until it is gone
-                await asyncio.sleep(0.1)
+                pass
             await pauses.add("elsewhere", 8.0)
             return [*heard, await pauses.beyond({"museum": 7.0})]
 
