@@ -39,6 +39,7 @@ PICTURES = {"bytes"}  # JPEG and PNG files: nothing makes them smaller
 BLOBS = {"bytes", "thumbnail", "moments"}  # columns that are read only where they are asked for
 PIECE = 8 << 20  # bytes of a large file that are fetched at a time
 READERS = 16  # threads that read small files
+SILENCE_S = 30.0  # a bucket that sends nothing for so long is asked again
 HIDDEN = (".partial", ".lock")
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -76,7 +77,8 @@ class Store:
         remote = "://" in root
         self.root = root.rstrip("/") if remote else str(Path(root).absolute())
         # A listing that was remembered would hide what other processes wrote since.
-        self._fs, self._base = fsspec.core.url_to_fs(self.root, **({"use_listings_cache": False} if remote else {}))
+        fresh = {"use_listings_cache": False} if remote else {}
+        self._fs, self._base = fsspec.core.url_to_fs(self.root, **fresh, **options(self.root))
         self.is_local = type(self._fs).__name__ == "LocalFileSystem"
         self.is_bucket = in_bucket(self.root)
 
@@ -334,6 +336,15 @@ def copy_out(fs: Any, path: str, target: BinaryIO, ask: Callable[[Callable[[], A
 
 def in_bucket(location: str) -> bool:
     return location.startswith(("gs://", "gcs://"))
+
+
+def options(location: str) -> dict[str, Any]:
+    """What fsspec is told of a location: a bucket's client would wait for an answer for ever."""
+    if not in_bucket(location):
+        return {}
+    from aiohttp import ClientTimeout
+
+    return {"requests_timeout": ClientTimeout(sock_connect=SILENCE_S, sock_read=SILENCE_S)}
 
 
 def canonical_json(value: Any) -> bytes:

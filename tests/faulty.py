@@ -10,7 +10,7 @@ from yarl import URL
 
 
 class Faulty:
-    """A reverse proxy before the bucket that answers as `mode` says: a storm of 503 and 429, a refusal, a lost answer.
+    """A reverse proxy before the bucket that answers as `mode` says: a storm of 503 and 429, a refusal, a lost answer, or none.
 
     `race`: two writers of refs/latest are let through together, when each has read what was there before the other.
     """
@@ -19,6 +19,7 @@ class Faulty:
         self.target, self.mode, self.asked, self.sent = target, "", 0, 0
         self.calm_until, self.refused = 0, 0  # the storm breaks with the request after so many
         self.racing, self.both = set[bytes](), asyncio.Event()  # manifests that refs/latest is to name
+        self.over = False  # so that what was never answered ends
         self.too_late = 0  # writes that a precondition turned away
         self.app = web.Application(client_max_size=2**26)
         self.app.router.add_route("*", "/{path:.*}", self.answer)
@@ -28,6 +29,10 @@ class Faulty:
         if self.mode == "storm" and self.asked > self.calm_until:
             self.refused += 1
             return self.said([503, 429][self.asked % 2], "try again later")
+        if self.mode == "silent":
+            self.mode = ""
+            while not self.over:  # noqa: ASYNC110  # another thread says so
+                await asyncio.sleep(0.05)
         if self.mode == "nobody":
             return self.said(401, "Anonymous caller does not have storage.objects.get access to the object.")
         if self.mode == "forbidden":

@@ -27,6 +27,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from momalisa import storage
+from momalisa.collect.block import read_file
 from momalisa.records import IMAGES, Artwork
 from momalisa.storage import Pointer, StorageError, Store, canonical_json, parquet_bytes, side_by_side
 from tests.faulty import Faulty
@@ -260,6 +262,23 @@ def test_a_write_whose_answer_was_lost_has_won(faulty: Faulty) -> None:
     assert store.move_pointer("refs/latest", {"n": 1}, seen)
     assert store.read_pointer("refs/latest").value == {"n": 1}
     assert not store.move_pointer("refs/latest", {"n": 2}, seen)
+
+
+@pytest.mark.parametrize("operation", ["read", "write", "exists", "list", "picture"])
+def test_a_bucket_that_does_not_answer_is_asked_again(faulty: Faulty, monkeypatch: pytest.MonkeyPatch, operation: str) -> None:
+    monkeypatch.setattr(storage, "SILENCE_S", 0.5)
+    store = Store(f"gs://moma/{uuid4().hex}")
+    store.write_bytes("a/b", b"art")
+    faulty.mode = "silent"
+    asked = {
+        "read": lambda: store.read_bytes("a/b"),
+        "write": lambda: store.write_bytes("a/b", b"art") or store.read_bytes("a/b"),
+        "exists": lambda: b"art" if store.exists("a/b") else b"",
+        "list": lambda: b"art" if list(store.list("a")) == ["a/b"] else b"",
+        "picture": lambda: read_file(store.url("a/b"), 100).data,
+    }
+    assert asked[operation]() == b"art"
+    assert faulty.mode == ""
 
 
 @pytest.mark.parametrize("operation", ["read", "write", "exists", "list", "pointer"])

@@ -22,7 +22,7 @@ from momalisa.collect.sources.text import legible
 from momalisa.config import Collect
 from momalisa.dataset import Dataset
 from momalisa.records import DETAILS, IMAGES, OK, REJECTED, TOLD, Artwork, Reason
-from momalisa.storage import in_bucket, retried
+from momalisa.storage import in_bucket, options, retried
 
 OPEN_FILES = 8  # of a folder or a bucket, read at a time
 FACTS = ["id", "status", "error", "reason", "sha256", "image_url"]
@@ -253,7 +253,7 @@ def read_file(address: str, max_bytes: int) -> Fetched:
     """A picture of a folder or bucket."""
 
     def read() -> bytes:
-        with fsspec.open(address, "rb") as file:
+        with fsspec.open(address, "rb", **options(address)) as file:
             return bytes(file.read(max_bytes + 1))
 
     try:

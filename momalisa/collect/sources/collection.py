@@ -18,7 +18,7 @@ from momalisa.collect.sources.access import unreadable
 from momalisa.collect.sources.copies import Copy
 from momalisa.config import Collect
 from momalisa.records import Reason
-from momalisa.storage import Store, copy_out, in_bucket, retried
+from momalisa.storage import Store, copy_out, in_bucket, options, retried
 
 MAX_COLLECTION_BYTES = 4 << 30  # of a collection file; MoMA's has 69 MB
 COLLECTION_TIMEOUT_S = 600.0
@@ -52,7 +52,7 @@ def _local(location: str) -> BinaryIO:
 
 
 def _copy(location: str, file: BinaryIO) -> None:
-    fs, path = fsspec.core.url_to_fs(location, use_listings_cache=False)
+    fs, path = fsspec.core.url_to_fs(location, use_listings_cache=False, **options(location))
     try:
         copy_out(fs, path, file, retried)
     except Exception as error:  # each storage has its own

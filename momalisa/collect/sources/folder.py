@@ -21,7 +21,7 @@ from momalisa.collect.sources.selection import Wanted, selected
 from momalisa.collect.sources.text import plain
 from momalisa.config import Collect
 from momalisa.records import Artwork
-from momalisa.storage import in_bucket, retried
+from momalisa.storage import in_bucket, options, retried
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".tif", ".tiff", ".bmp"}
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -69,7 +69,7 @@ class PictureFolder:
 
     def _in_bucket(self) -> Iterator[str]:
         """Page by page, and nothing but names is asked for: `find` of gcsfs holds all that is known of each object."""
-        fs, base = fsspec.core.url_to_fs(self.location)
+        fs, base = fsspec.core.url_to_fs(self.location, **options(self.location))
         bucket, _, prefix = base.partition("/")
         below, token = f"{prefix}/" if prefix else "", ""
         asked = {"prefix": below, "fields": "items(name),nextPageToken", "json_out": True}
