@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +34,7 @@ from ray_jobs._job import job
 from tests.faulty import Faulty
 
 HOME = Path(__file__).parents[2]
+EIGHT = [f"moma-{number}" for number in range(8)]  # ids of a `listing` of so many
 integration = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
 
 
@@ -247,9 +248,7 @@ class TestOnRay:
             settings = settings_for(tmp_path / "root", path, "moma")
             collect.run(settings)
             dataset = Dataset(settings.dataset)
-            nothing = {"long": "", "fused": "", "status": OK, "error": ""}
-            texts = [{"id": f"moma-{number}", "short": "a", **nothing} for number in range(8)]
-            dataset.publish(dataset.latest().with_captions("blip", [dataset.put_rows("captions/blip", texts, CAPTIONS)]))
+            dataset.publish(dataset.latest().with_captions("blip", [captions(dataset, EIGHT)]))
             before, refresh = dataset.latest(), settings_for(tmp_path / "root", path, "moma", refresh=True)
             busy.asked.clear()
             same = collect.run(refresh)
@@ -259,8 +258,8 @@ class TestOnRay:
             changed = collect.run(refresh)
             after = dataset.latest()
             assert (changed["new"], changed["rows_in"], changed["rows_out"], busy.sent_again) == (1, 8, 8, 1)
-            assert sorted(row["id"] for row in dataset.rows(after.images)) == sorted(row["id"] for row in texts)
-            assert dataset.ids(after.captions["blip"]) == {row["id"] for row in texts} - {"moma-3"}
+            assert sorted(row["id"] for row in dataset.rows(after.images)) == sorted(EIGHT)
+            assert dataset.ids(after.captions["blip"]) == {*EIGHT} - {"moma-3"}
             assert collect.run(refresh)["reasons"] == {"not_modified": 8}  # the copied tables know their validators
             assert busy.sent_again == 1
 
@@ -271,9 +270,7 @@ class TestOnRay:
             collect.run(settings_for(tmp_path / "root", path, "moma"))
             refresh = settings_for(tmp_path / "root", path, "moma", refresh=True)
             dataset = Dataset(refresh.dataset)
-            rest = {"long": "", "fused": "", "status": OK, "error": ""}
-            texts = [{"id": f"moma-{number}", "short": "a", **rest} for number in range(8)]
-            dataset.publish(dataset.latest().with_captions("blip", [dataset.put_rows("captions/blip", texts, CAPTIONS)]))
+            dataset.publish(dataset.latest().with_captions("blip", [captions(dataset, EIGHT)]))
             before = {row["id"]: row for row in dataset.rows(dataset.latest().images)}
             path.write_text(path.read_text().replace("\n3,a,", "\n3,Right,").replace("ImageURL", "Department,ImageURL"))
             path.write_text(path.read_text().replace(",b,", ",b,,").replace("\n5,a,b,,", "\n5,a,b,Prints,"))
@@ -294,9 +291,7 @@ class TestOnRay:
             settings = settings_for(tmp_path / "root", path, "moma")
             collect.run(settings)
             dataset = Dataset(settings.dataset)
-            rest = {"long": "", "fused": "", "status": OK, "error": ""}
-            texts = [{"id": f"moma-{number}", "short": "a", **rest} for number in range(8)]
-            dataset.publish(dataset.latest().with_captions("blip", [dataset.put_rows("captions/blip", texts, CAPTIONS)]))
+            dataset.publish(dataset.latest().with_captions("blip", [captions(dataset, EIGHT)]))
             version, files = dataset.latest(), dataset.store.files("")
             busy.asked.clear()
             assert collect.run(settings)["new"] == 0
@@ -352,9 +347,7 @@ class TestOnRay:
         (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "title": "Red"}\n')
 
         def published_meanwhile(*arguments: Any) -> None:
-            rest = {"short": "a", "long": "", "fused": "", "status": OK, "error": ""}
-            table = dataset.put_rows("captions/blip", [{"id": id, **rest} for id in ids], CAPTIONS)
-            dataset.add("captions/blip", [table], dataset.latest())
+            dataset.add("captions/blip", [captions(dataset, ids)], dataset.latest())
             judge(*arguments)
 
         with monkeypatch.context() as patched:
@@ -456,6 +449,12 @@ class TestOnRay:
 def test_corrections_do_not_make_up_for_works_that_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"5 of 10 works were rejected, more than max_bad_fraction=0\.05"):
         collect.Tally(works=1010, ok=1005, corrected=1000).judge(Collect(max_bad_fraction=0.05))
+
+
+def captions(dataset: Dataset, ids: Iterable[str]) -> str:
+    """A table of them, for these works."""
+    rest = {"short": "a", "long": "", "fused": "", "status": OK, "error": ""}
+    return dataset.put_rows("captions/blip", [{"id": id, **rest} for id in ids], CAPTIONS)
 
 
 def listing(tmp_path: Path, address: str, count: int) -> Path:
