@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
@@ -18,7 +20,7 @@ from serve.jobs import Jobs
 from serve.mailbox import Mailbox
 from serve.stream import EventStream
 from serve.task import Completed, Event, Failed, GenerationTask, Outcome, Picture, Progress, Rejected, State, Waiting
-from tests.serve.conftest import LIMITS
+from tests.serve.conftest import LIMITS, listening
 
 TASK = GenerationTask("x", (0,), 1, 1.0, 64, key="me")
 
@@ -262,6 +264,37 @@ async def test_a_reader_that_stops_reading_is_left_and_nothing_piles_up() -> Non
 
     await asyncio.wait_for(EventStream(endless(), stall_s=0.05)({"type": "http"}, never, stuck), 5)
     assert (made, ended) == (1, True)
+
+
+class Endless(Slow):
+    """A backend whose previews do not end: `made` counts them."""
+
+    made = 0
+
+    async def generate(self, task: GenerationTask) -> AsyncGenerator[Event, None]:
+        try:
+            while True:
+                self.made += 1
+                yield Progress(0, self.made, 1 << 30, bytes(1 << 18))
+                await asyncio.sleep(0)
+        finally:
+            self.closed += 1
+
+
+def test_a_client_that_stops_reading_its_socket_is_left() -> None:
+    backend = Endless()
+    with listening(create_app(backend, LIMITS.model_copy(update={"stall_s": 0.2}))) as address, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
+        client.connect(("127.0.0.1", int(address.rpartition(":")[2])))
+        body = b'{"prompt": "x", "stream": true, "partial_images": 3}'
+        head = f"POST /v1/images/generations HTTP/1.1\r\nHost: museum\r\nContent-Length: {len(body)}\r\n\r\n"
+        client.sendall(head.encode() + body)
+        assert client.recv(12) == b"HTTP/1.1 200"
+        end = time.monotonic() + 20
+        while not backend.closed and time.monotonic() < end:
+            time.sleep(0.02)
+        assert backend.closed == 1
+        assert backend.made << 18 < 1 << 25  # what the kernel keeps for a socket, and one event
 
 
 async def test_a_mailbox_that_nobody_reads_holds_one_of_a_kind() -> None:
