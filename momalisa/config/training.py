@@ -75,6 +75,8 @@ class Train(Section):
     keep_averages: Annotated[int, Field(ge=2)] = 16
     """How many of these copies stay, evenly spread over the run: what is made of 16 is 2% off or less (docs/training.md)."""
     caption_dropout: Fraction = 0.1
+    flip: bool = False
+    """Mirror each work in half of the epochs, by chance; wants encode.mirrored. Signatures and letters are mirrored too."""
     min_snr_gamma: float | None = Field(default=5.0, gt=0)
     """Weigh timesteps by min(SNR, gamma) / SNR (Hang et al. 2023); null: all alike."""
     offset_noise: float = Field(default=0.0, ge=0)

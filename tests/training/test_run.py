@@ -61,10 +61,11 @@ def test_what_decides_its_result_names_it(settings: Settings, change: dict[str, 
 def test_later_settings_name_a_run_only_where_they_are_used(settings: Settings) -> None:
     """So that runs of before keep their names."""
     planned, chosen = runs.plan(settings), settings.train
-    before = chosen.model_dump(exclude=runs.SHELL_SETTINGS | {"deterministic", "split_by"}) | {"cell": chosen.cell_size}
+    before = chosen.model_dump(exclude=runs.SHELL_SETTINGS | {"deterministic", "split_by", "flip"}) | {"cell": chosen.cell_size}
     assert planned.name == f"small-{short_id(before, identity(settings.diffusion.model), list(planned.tables))}"
     assert runs.plan(trained(settings, deterministic=True)).name != planned.name
     assert runs.plan(trained(settings, split_by="artist")).name != planned.name
+    assert runs.plan(trained(settings, flip=True)).name != planned.name
 
 
 def test_a_run_that_stopped_early_is_complete_while_it_may_stop(settings: Settings) -> None:
