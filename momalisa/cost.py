@@ -149,6 +149,11 @@ def area(settings: Settings) -> float:
     return (settings.encode.resolution_px / 512) ** 2
 
 
+def sides(settings: Settings) -> int:
+    """How often a picture is encoded: its mirror image may be too."""
+    return 1 + settings.encode.mirrored
+
+
 def trained_parameters(settings: Settings) -> tuple[float, str]:
     if settings.train.lora_rank is not None:
         return LORA_PARAMETERS_PER_RANK * settings.train.lora_rank, f"LoRA of rank {settings.train.lora_rank}"
@@ -161,7 +166,7 @@ def stored_bytes(settings: Settings, works: int, nodes: int) -> float:
     """To and from the bucket: latents to every node, and checkpoints (weights and EMA; trainer state is three times those)."""
     parameters, _ = trained_parameters(settings)
     checkpoints = math.ceil(settings.train.images / settings.train.checkpoint_every_images)
-    return nodes * works * 64 * 1024 * area(settings) + checkpoints * 4 * 4 * parameters
+    return nodes * works * sides(settings) * 64 * 1024 * area(settings) + checkpoints * 4 * 4 * parameters
 
 
 def stage_hours(settings: Settings, works: int, gpus: int, images_per_s: float, gpu: Gpu) -> dict[str, float]:
@@ -173,7 +178,7 @@ def stage_hours(settings: Settings, works: int, gpus: int, images_per_s: float, 
         "start": STARTUP_H,
         "collect": works / rate / 3600,
         "caption": works / (CAPTIONS_PER_S * gpus) / 3600,
-        "encode": works * VAE_TFLOP * area(settings) / (reach * gpus) / 3600,
+        "encode": works * sides(settings) * VAE_TFLOP * area(settings) / (reach * gpus) / 3600,
         "train": settings.train.images / images_per_s / 3600,
         "promote": drawn / 3600,
     }

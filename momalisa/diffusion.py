@@ -10,7 +10,7 @@ Symbols: x0 clean latents, e noise, t timestep, abar(t) the cumulative product o
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -88,6 +88,7 @@ class Draws:
     timesteps: torch.Tensor  # [B] int64
     dropped: torch.Tensor  # [B] bool: train on the empty prompt
     prompts: torch.Tensor  # [B] int64, 0..2^31-1: which general prompt stands beside the sample
+    flipped: torch.Tensor  # [B] bool: train on the mirror image, with `train.flip`
 
 
 def generator(*key: object) -> torch.Generator:
@@ -103,7 +104,7 @@ def draws(
 
     `offset`: the share of noise that is constant over a channel, added to the other.
     """
-    rows: list[tuple[Any, ...]] = []
+    rows: list[tuple[Any, ...]] = []  # in an order that stays: a run that goes on draws what it would have drawn
     for epoch, sample_id in samples:
         source = generator(seed, epoch, sample_id)
         rows.append(
@@ -114,11 +115,11 @@ def draws(
                 torch.rand((), generator=source) < dropout,
                 torch.randint(0, 2**31, (), generator=source),
                 torch.randn((shape[0], 1, 1), generator=source),
+                torch.rand((), generator=source) < 0.5,
             )
         )
-    *columns, constant = (torch.stack(column) for column in zip(*rows, strict=True))
-    drawn = Draws(*columns)
-    return replace(drawn, noise=drawn.noise + offset * constant) if offset else drawn
+    latent_noise, noise, steps, dropped, prompts, constant, flipped = (torch.stack(column) for column in zip(*rows, strict=True))
+    return Draws(latent_noise, noise + offset * constant if offset else noise, steps, dropped, prompts, flipped)
 
 
 def loss_per_sample(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

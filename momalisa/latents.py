@@ -144,7 +144,8 @@ def to_pictures(pixels: Tensor) -> list[Image.Image]:
 
 
 def encoder_id(settings: Settings, captioner_id: str) -> str:
-    """Twelve hexadecimal digits: the encoders' weights, the tokenizer, resolution, preprocessing, the captions' id and kind."""
+    """Twelve hexadecimal digits: the encoders' weights, the tokenizer, resolution, preprocessing, the captions' id and kind, and
+    whether there are mirror images."""
     diffusion = settings.diffusion
     where = Path(locate(diffusion.model))
     if where.is_dir():
@@ -155,4 +156,6 @@ def encoder_id(settings: Settings, captioner_id: str) -> str:
     kind: tuple[object, ...] = () if chosen.caption == "short" else (chosen.caption,)
     if chosen.buckets:
         kind += ("buckets", chosen.step_px)
+    if chosen.mirrored:
+        kind += ("mirrored",)
     return short_id("encoder", PREPROCESSING, weights, diffusion.variant, chosen.resolution_px, captioner_id, *kind)

@@ -113,3 +113,5 @@ LATENTS = pa.schema(
         pa.field("error", pa.string(), nullable=False),
     ]
 )
+
+MIRRORED_LATENTS = LATENTS.append(pa.field("mirrored", pa.binary(), nullable=False))  # as `moments`, of the mirror image

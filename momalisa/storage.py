@@ -36,7 +36,7 @@ Item = TypeVar("Item")
 Value = TypeVar("Value")
 
 PICTURES = {"bytes"}  # JPEG and PNG files: nothing makes them smaller
-BLOBS = {"bytes", "thumbnail", "moments"}  # columns that are read only where they are asked for
+BLOBS = {"bytes", "thumbnail", "moments", "mirrored"}  # columns that are read only where they are asked for
 PIECE = 8 << 20  # bytes of a large file that are fetched at a time
 READERS = 16  # threads that read small files
 SILENCE_S = 30.0  # a bucket that sends nothing for so long is asked again

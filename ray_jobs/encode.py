@@ -5,7 +5,7 @@
 
 Writes latents/<encoder-id>/ and a new version of the dataset: what training reads. Run it again after captioning
 more: only new works are encoded, and a caption that a curator has edited takes its place. Another base model,
-resolution or captioner is another family beside the first.
+resolution or captioner is another family beside the first; so is one with mirror images (`encode.mirrored`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def run(settings: Settings) -> dict[str, Any]:
     from momalisa.dataset.wording import reworded
     from momalisa.family import Family
     from momalisa.latents import encoder_id, frame, load_tokenizer, tokenize
-    from momalisa.records import LATENTS
+    from momalisa.records import LATENTS, MIRRORED_LATENTS
     from ray_jobs._tables import fill
 
     dataset, captions_id = Dataset(settings.dataset), captioner_id(settings)
@@ -35,7 +35,8 @@ def run(settings: Settings) -> dict[str, Any]:
     tokenizer = load_tokenizer(settings.diffusion)  # a name that cannot be loaded fails here, before any actor starts
     chosen, tables = settings.encode, version.latents.get(family_id, ())
     texts = dataset.texts(version, captions_id, chosen.caption)
-    family = Family("encode", chosen, f"latents/{family_id}", LATENTS, (frame(chosen),), partial(load, settings))
+    schema = MIRRORED_LATENTS if chosen.mirrored else LATENTS
+    family = Family("encode", chosen, f"latents/{family_id}", schema, (frame(chosen),), partial(load, settings))
     done, changed = reworded(dataset, family.folder, tables, texts, partial(tokenize, tokenizer))
     summary = fill(settings, family, done, texts)
     paths, draft = summary.pop("paths"), summary.pop("draft")
@@ -59,21 +60,25 @@ def load(settings: Settings, device: str) -> Any:
 
     full_precision()
     autoencoder, tokenizer = Autoencoder.load(settings.diffusion, device), load_tokenizer(settings.diffusion)
-    nothing = {"moments": b"", "channels": 0, "height": 0, "width": 0, "token_ids": []}
+    nothing = {"moments": b"", "mirrored": b"", "channels": 0, "height": 0, "width": 0, "token_ids": []}
 
     class Latents(Model):
         def rows(self, works: list[Work], pixels: list[Pixels]) -> list[dict[str, Any]]:
-            moments = autoencoder.encode(from_bytes(torch.from_numpy(pixels[0]).to(device)))
+            seen = from_bytes(torch.from_numpy(pixels[0]).to(device))
+            sides = {"moments": autoencoder.encode(seen)}
+            if settings.encode.mirrored:
+                sides["mirrored"] = autoencoder.encode(seen.flip(-1))
             token_ids = tokenize(tokenizer, [work["text"] for work in works])
-            return [self.row(*item) for item in zip(works, moments, token_ids, strict=True)]
+            each = [dict(zip(sides, moments, strict=True)) for moments in zip(*sides.values(), strict=True)]
+            return [self.row(*item) for item in zip(works, each, token_ids, strict=True)]
 
-        def row(self, work: Work, moments: torch.Tensor, token_ids: torch.Tensor) -> dict[str, Any]:
-            if not moments.isfinite().all():
+        def row(self, work: Work, sides: dict[str, torch.Tensor], token_ids: torch.Tensor) -> dict[str, Any]:
+            if not all(moments.isfinite().all() for moments in sides.values()):
                 return self.failed(work, "its latents are not finite")
-            channels, height, width = autoencoder.channels, *moments.shape[-2:]
+            channels, height, width = autoencoder.channels, *sides["moments"].shape[-2:]
             shape = {"channels": channels, "height": height, "width": width}
-            values = moments.numpy().astype("<f2").tobytes()
-            found = {"moments": values, "caption": work["text"], "token_ids": token_ids.tolist()}
+            values = {column: moments.numpy().astype("<f2").tobytes() for column, moments in sides.items()}
+            found = {**values, "caption": work["text"], "token_ids": token_ids.tolist()}
             return {"id": work["id"], **found, **shape, "status": OK, "error": ""}
 
         def failed(self, work: Work, error: str) -> dict[str, Any]:

@@ -68,6 +68,7 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ("train: {batch: 8, cell: 4, workers: 3}", ["batch=8 makes 2 cells of 4", "workers=3", "try batch=12 or cell=2"]),
         ("train: {workers: 2, min_workers: 3}", ["min_workers=3 is more than workers=2", "try 2"]),
         ("encode: {resolution_px: 100}", ["encode", "resolution_px=100 is not a multiple of 8", "try 104"]),
+        ("train: {flip: true}", ["train.flip=true", "encode.mirrored=true", "python -m ray_jobs.encode --config"]),
         ("- train\n- encode", ["expected `section:` entries", "list"]),
         ("just words", ["expected `section:` entries", "str"]),
         ("train: [unclosed", ["is not YAML"]),

@@ -78,6 +78,12 @@ def test_more_gpus_than_the_cluster_may_have_are_refused() -> None:
         cost.estimate(sd14("--cluster.usd_per_hour_max=1"), "runpod", 1000)
 
 
+def test_mirror_images_take_as_long_again_to_encode_and_as_many_bytes() -> None:
+    plain, mirrored = (cost.estimate(sd14(*more), "runpod", 10**6) for more in ((), ("--encode.mirrored=true",)))
+    assert mirrored.hours["encode"] == pytest.approx(2 * plain.hours["encode"])
+    assert mirrored.network_bytes - plain.network_bytes == pytest.approx(10**6 * 2**16)
+
+
 @limits(max_examples=40, deadline=None)
 @given(
     images=st.integers(64, 10**6),

@@ -72,8 +72,35 @@ def test_a_samples_draws_do_not_know_the_batch(batch: list[tuple[int, str]], dat
     part = order[: data.draw(st.integers(1, len(batch)))]
     torch.rand(3)  # nor the global generator
     some = draws(seed, [batch[i] for i in part], SHAPE, 1000, 0.5)
-    for name in ("latent_noise", "noise", "timesteps", "dropped", "prompts"):
+    for name in ("latent_noise", "noise", "timesteps", "dropped", "prompts", "flipped"):
         assert torch.equal(getattr(some, name), getattr(whole, name)[part]), name
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    seed=st.integers(0, 5),
+    epoch=st.integers(0, 3),
+    work=st.text(max_size=4),
+    height=st.integers(1, 9),
+    width=st.integers(1, 9),
+    dropout=st.floats(0, 1),
+    offset=st.sampled_from([0.0, 0.1]),
+)
+def test_what_is_drawn_first_stays_what_it_was(
+    seed: int, epoch: int, work: str, height: int, width: int, dropout: float, offset: float
+) -> None:
+    """Whether a work is flipped is drawn last, so that runs of before draw what they drew; it knows of no setting."""
+    shape = (4, height, width)
+    found = draws(seed, [(epoch, work)], shape, 1000, dropout, offset)
+    source = generator(seed, epoch, work)
+    latent_noise, noise = (torch.randn(shape, generator=source) for _ in range(2))
+    assert int(found.timesteps) == int(torch.randint(0, 1000, (), generator=source))
+    assert bool(found.dropped) == bool(torch.rand((), generator=source) < dropout)
+    assert int(found.prompts) == int(torch.randint(0, 2**31, (), generator=source))
+    constant = torch.randn((4, 1, 1), generator=source)
+    assert torch.equal(found.latent_noise[0], latent_noise)
+    assert torch.equal(found.noise[0], noise + offset * constant if offset else noise)
+    assert bool(found.flipped) == bool(torch.rand((), generator=source) < 0.5)
 
 
 def test_draws_differ_by_seed_epoch_and_sample_and_within_a_sample() -> None:
@@ -92,8 +119,17 @@ def test_draws_are_of_the_right_kind() -> None:
     assert int(drawn.timesteps.min()) >= 0
     assert int(drawn.timesteps.max()) <= 999
     assert abs(float(drawn.dropped.float().mean()) - 0.1) < 0.03
+    assert drawn.flipped.dtype == torch.bool
+    assert abs(float(drawn.flipped.float().mean()) - 0.5) < 0.04
+    assert abs(float(drawn.flipped[drawn.dropped].float().mean()) - 0.5) < 0.12  # whatever else is drawn
     assert not draws(0, [(0, str(i)) for i in range(50)], (1, 1, 1), 1000, 0.0).dropped.any()
     assert draws(0, [(0, str(i)) for i in range(50)], (1, 1, 1), 1000, 1.0).dropped.all()
+
+
+def test_a_work_is_flipped_in_about_half_of_the_epochs() -> None:
+    epochs = torch.stack([draws(3, [(epoch, "a"), (epoch, "b")], (1, 1, 1), 1000, 0.1).flipped for epoch in range(400)])
+    assert ((epochs.float().mean(0) - 0.5).abs() < 0.1).all()
+    assert abs(float((epochs[:, 0] == epochs[:, 1]).float().mean()) - 0.5) < 0.1
 
 
 def test_a_generators_key_is_all_that_matters() -> None:

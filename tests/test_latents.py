@@ -12,7 +12,8 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 
 from momalisa.config import Caption, Diffusion, Encode, Settings
-from momalisa.latents import Autoencoder, TextEncoder, encoder_id, sample, to_pictures, to_pixels
+from momalisa.latents import PREPROCESSING, Autoencoder, TextEncoder, encoder_id, sample, to_pictures, to_pixels
+from momalisa.weights import identity, short_id
 
 TEXTS = ["A MOMA artwork of: a coffee", "", "🎨🖼️", "一幅画", "Ünïcode \x00 \n text", "word " * 300]
 
@@ -113,11 +114,14 @@ def test_the_id_follows_what_shapes_a_latent(tiny_base: Path, tmp_path: Path) ->
     others = {
         encoder_id(settings, "others"),
         encoder_id(settings.model_copy(update={"encode": Encode(resolution_px=256)}), "captions"),
+        encoder_id(settings.model_copy(update={"encode": Encode(mirrored=True)}), "captions"),
         encoder_id(settings.model_copy(update={"diffusion": Diffusion(model="a/b")}), "captions"),
         encoder_id(settings.model_copy(update={"diffusion": Diffusion(model="a/b", revision="c")}), "captions"),
         name,
     }
-    assert len(others) == 5
+    assert len(others) == 6
+    parts = tuple(identity(str(tiny_base / part)) for part in ("vae", "text_encoder", "tokenizer"))
+    assert name == short_id("encoder", PREPROCESSING, parts, None, 512, "captions")  # families of before keep their names
     copy = tmp_path / "copy"
     shutil.copytree(tiny_base, copy)
     moved = settings.model_copy(update={"diffusion": Diffusion(model=str(copy))})

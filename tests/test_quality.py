@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,8 @@ def test_held_out_losses_know_neither_batch_nor_company_nor_repetition(tiny_base
     np.testing.assert_allclose(held_out_losses(*parts, everyone, timesteps=3, batch=7), found, rtol=1e-5)
     np.testing.assert_allclose(held_out_losses(*parts, works(list("31")), timesteps=3, batch=1), found[[3, 1]], rtol=1e-5)
     assert len(set(found.round(9))) == 5
+    mirrored = replace(everyone, mirrored=torch.full_like(everyone.stacked(), torch.nan))
+    assert np.array_equal(held_out_losses(*parts, mirrored, timesteps=3, batch=4), found)  # no work is flipped
 
 
 def test_held_out_losses_are_of_the_noise(tiny_base: Path) -> None:

@@ -62,6 +62,15 @@ class Settings(BaseSettings):
             raise ValueError("encode.caption=long needs caption.long_model; try florence-community/Florence-2-base, or fused")
         return self
 
+    @model_validator(mode="after")
+    def _mirror_images(self) -> Settings:
+        if self.train.flip and not self.encode.mirrored:
+            raise ValueError(
+                "train.flip=true needs encode.mirrored=true: a mirror image has latents of its own. Set it, and run the encode "
+                "job again with it: python -m ray_jobs.encode --config ..."
+            )
+        return self
+
     @property
     def dataset(self) -> str:
         return f"{self.root.rstrip('/')}/dataset"

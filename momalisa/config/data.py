@@ -117,6 +117,8 @@ class Encode(Section):
     """Keep each picture's proportions: its size is the nearest of a few with about the square's area (up to 4:1 and 1:4)."""
     bucket_step_px: Positive | None = None
     """Sides of buckets are multiples of this (default: an eighth of resolution_px, at most 64, in multiples of 8)."""
+    mirrored: bool = False
+    """Encode each picture's mirror image too, which train.flip wants: twice the time, and twice the bytes of moments."""
     max_bad_fraction: Fraction = 0.05
 
     @property

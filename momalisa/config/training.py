@@ -75,6 +75,8 @@ class Train(Section):
     keep_averages: Annotated[int, Field(ge=2)] = 16
     """How many of these copies stay, evenly spread over the run: what is made of 16 is 2% off or less (docs/training.md)."""
     caption_dropout: Fraction = 0.1
+    flip: bool = False
+    """Mirror each work in half of the epochs, by chance; wants encode.mirrored. Signatures and letters are mirrored too."""
     min_snr_gamma: float | None = Field(default=5.0, gt=0)
     """Weigh timesteps by min(SNR, gamma) / SNR (Hang et al. 2023); null: all alike."""
     offset_noise: float = Field(default=0.0, ge=0)
@@ -102,7 +104,7 @@ class Train(Section):
     """The accelerator's dense peak in `precision`, for the MFU (default: known for common NVIDIA GPUs, else no MFU)."""
     cache_dir: str | None = None
     """A folder on each node's own disk, not on one that nodes share (locks on NFS are not reliable), for the latents: 6.4 GB for
-    100,000 works at 512x512 (default: below the system's folder for temporary files)."""
+    100,000 works at 512x512, twice that with encode.mirrored (default: below the system's folder for temporary files)."""
     held_out_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Works kept out of training, chosen by hash: promote measures on them."""
     split_by: Literal["work", "artist"] = "work"

@@ -99,6 +99,12 @@ class Batches:
         workers: int = 1,
         beside_gpu: bool = False,
     ) -> None:
+        """Raises ValueError where works are to be flipped and there are no mirror images."""
+        if train.flip and cache.mirrored is None:
+            raise ValueError(
+                "train.flip=true, but these latents have no mirror images: set encode.mirrored=true, and run the encode job "
+                "again with it: python -m ray_jobs.encode --config ..."
+            )
         self.train, self.cache, self.schedule, self.texts, self.scaling_factor = train, cache, schedule, texts, scaling_factor
         self.rank, self.workers, self.beside_gpu = rank, workers, beside_gpu
         self.cells = Cells(train.seed, cache.buckets(), train.cell_size)
@@ -143,7 +149,8 @@ class Batches:
         channels, height, width = rows.moments[0].shape[0] // 2, *rows.moments[0].shape[1:]
         shape = (channels, height, width)
         drawn = draws(settings.seed, keys, shape, len(self.schedule), settings.caption_dropout, settings.offset_noise)
-        latents = sample(rows.stacked(), drawn.latent_noise, self.scaling_factor)
+        shown = rows.flipped(drawn.flipped) if settings.flip else rows
+        latents = sample(shown.stacked(), drawn.latent_noise, self.scaling_factor)
         made = Pass(
             ids=rows.ids,
             noisy=self.schedule.add_noise(latents, drawn.noise, drawn.timesteps),

@@ -3,6 +3,8 @@
 <folder>/<hash of the tables>.f16       all moments, one after another: the workers of a node share its pages
 <folder>/<hash of the tables>.parquet   id, caption, token ids, place and shape of each row; written last
 <folder>/lock                           held while a file is made, found or removed
+
+Both are on the disk before they have their names, so what a power failure leaves is whole or fetched anew.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ import contextlib
 import fcntl
 import hashlib
 import math
+import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +30,13 @@ from momalisa.training import node
 
 @dataclass(frozen=True)
 class LatentCache:
-    """Rows in order of id. 64 KiB of moments a row at 512x512, so 100,000 works are 6.4 GB on disk."""
+    """Rows in order of id. 64 KiB of moments a row at 512x512, so 100,000 works are 6.4 GB on disk; with mirror images 13 GB."""
 
     ids: list[str]
     captions: list[str]
     moments: Sequence[torch.Tensor]  # N of [2C, H, W] float16: mean, log-variance; H and W differ between buckets
     token_ids: torch.Tensor  # [N, L] int64
+    mirrored: Sequence[torch.Tensor] | None = field(default=None, kw_only=True)  # as `moments`, of the mirror images
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -43,6 +47,7 @@ class LatentCache:
             captions=[self.captions[i] for i in indices],
             moments=Taken(self.moments, indices),
             token_ids=self.token_ids[indices],
+            mirrored=None if self.mirrored is None else Taken(self.mirrored, indices),
         )
 
     def without(self, ids: Collection[str]) -> LatentCache:
@@ -52,6 +57,12 @@ class LatentCache:
     def only(self, ids: Collection[str]) -> LatentCache:
         """The rows of some works."""
         return self.rows([i for i, own in enumerate(self.ids) if own in ids])
+
+    def flipped(self, where: torch.Tensor) -> LatentCache:
+        """The rows, with the moments of the mirror image `where` [N] bool says so. There must be mirror images."""
+        assert self.mirrored is not None
+        sides = zip(where.tolist(), self.moments, self.mirrored, strict=True)
+        return replace(self, moments=[mirrored if flip else moments for flip, moments, mirrored in sides])
 
     def stacked(self) -> torch.Tensor:
         """The moments of rows of one shape: [N, 2C, H, W] float16."""
@@ -71,7 +82,7 @@ INDEX = pa.schema(
         ("caption", pa.string()),
         ("token_ids", pa.list_(pa.int32())),
         ("start", pa.int64()),  # in values, not bytes
-        ("shape", pa.list_(pa.int32())),
+        ("shape", pa.list_(pa.int32())),  # [2C, H, W]; [2, 2C, H, W] where the mirror image follows
     ]
 )
 
@@ -121,38 +132,78 @@ def load(dataset: Dataset, tables: Sequence[str], folder: Path) -> LatentCache:
     name = hashlib.sha256("\n".join([dataset.store.root, *sorted(tables)]).encode()).hexdigest()[:24]
     with node.locked(folder / "lock"):
         index = folder / f"{name}.parquet"
-        if not index.exists():
+        rows = _kept(index)
+        if rows is None:
             _sweep(folder)
-            _fetch(dataset, tables, folder, name)
-        rows = pq.read_table(index)
-        shapes = [tuple(shape) for shape in rows["shape"].to_pylist()]
-        moments = Mapped(index.with_suffix(".f16"), rows["start"].to_pylist(), shapes)
-    token_ids = torch.tensor(rows["token_ids"].combine_chunks().flatten().to_numpy(), dtype=torch.int64)
-    return LatentCache(rows["id"].to_pylist(), rows["caption"].to_pylist(), moments, token_ids.view(len(rows), -1))
+            rows = _fetch(dataset, tables, folder, name)
+        moments, mirrored = _sides(index.with_suffix(".f16"), rows)
+    token_ids = torch.tensor(rows["token_ids"].combine_chunks().flatten().to_numpy(), dtype=torch.int64).view(len(rows), -1)
+    return LatentCache(rows["id"].to_pylist(), rows["caption"].to_pylist(), moments, token_ids, mirrored=mirrored)
 
 
-def _fetch(dataset: Dataset, tables: Sequence[str], folder: Path, name: str) -> None:
-    """Write the moments' file a table at a time, then its index."""
+def _kept(index: Path) -> pa.Table | None:
+    """The index of a file that is there and as long as it says; else None."""
+    if not index.exists():
+        return None
+    rows, moments = pq.read_table(index), index.with_suffix(".f16")
+    size = 2 * sum(math.prod(shape) for shape in rows["shape"].to_pylist())
+    return rows if moments.exists() and moments.stat().st_size == size else None
+
+
+def _sides(path: Path, rows: pa.Table) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor] | None]:
+    """The moments of a file, and those of the mirror images where it has them."""
+    starts, shapes = rows["start"].to_pylist(), [tuple(shape) for shape in rows["shape"].to_pylist()]
+    if len(shapes[0]) == 3:
+        return Mapped(path, starts, shapes), None
+    shapes, count = [shape[1:] for shape in shapes], len(rows)
+    behind = [start + math.prod(shape) for start, shape in zip(starts, shapes, strict=True)]
+    both = Mapped(path, starts + behind, shapes + shapes)
+    return Taken(both, list(range(count))), Taken(both, list(range(count, 2 * count)))
+
+
+def _fetch(dataset: Dataset, tables: Sequence[str], folder: Path, name: str) -> pa.Table:
+    """Write the moments' file a table at a time, then its index, which is returned."""
     made, rows, start = folder / f"{name}.making", [], 0
     try:
         with open(made, "wb") as file:
             for row in dataset.rows(list(tables)):
                 if row["status"] != OK:
                     continue
-                shape = (2 * row["channels"], row["height"], row["width"])
+                shape: tuple[int, ...] = (2 * row["channels"], row["height"], row["width"])
                 file.write(row["moments"])
+                if "mirrored" in row:
+                    shape = (2, *shape)
+                    file.write(row["mirrored"])
                 rows.append({key: row[key] for key in ("id", "caption", "token_ids")} | {"start": start, "shape": shape})
                 start += math.prod(shape)
         if not rows:
             raise ValueError(f"{dataset.store.root}: no work was encoded without an error; see the encode job's rejected rows")
         rows.sort(key=lambda row: str(row["id"]))
-        made.rename(folder / f"{name}.f16")
-        pq.write_table(pa.Table.from_pylist(rows, schema=INDEX), made)
-        made.rename(folder / f"{name}.parquet")
+        _name(made, folder / f"{name}.f16")
+        index = pa.Table.from_pylist(rows, schema=INDEX)
+        pq.write_table(index, made)
+        _name(made, folder / f"{name}.parquet")
+        return index
     except OSError as error:
         raise OSError(f"the latents could not be kept in {folder} ({error}); free space or set train.cache_dir") from error
     finally:
         made.unlink(missing_ok=True)
+
+
+def _name(made: Path, place: Path) -> None:
+    """Give a file its name once the disk has all of it; then the disk has the name too."""
+    _to_disk(made)
+    made.rename(place)
+    _to_disk(place.parent)
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until the disk has all of a file, or the names in a folder."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _sweep(folder: Path) -> None:

@@ -64,7 +64,7 @@ def trials(settings: Settings, steps: int = 4) -> Iterator[Trial]:
 def measure(settings: Settings, size: int, steps: int) -> Trial:
     """Some steps of one pass of `size` pictures. Raises RuntimeError where they do not fit."""
     alone = {"batch": size, "micro_batch": None, "cell": None, "workers": 1, "min_workers": None, "images": (steps + 2) * size}
-    train = Train(**{**settings.train.model_dump(), **alone})
+    train = Train(**{**settings.train.model_dump(), **alone, "flip": False})  # noise has no mirror image
     with tempfile.TemporaryDirectory(prefix="momalisa-") as scratch:
         trainer = Trainer(Run("trial", train, settings.diffusion, noise(settings, size), Store(scratch)), Events())
         try:

@@ -46,7 +46,8 @@ SHELL_SETTINGS = {
 }
 
 
-LATER_SETTINGS = {"deterministic": False, "split_by": "work"}  # part of a name only where they are not what runs before them had
+# Part of a name only where they are not what runs before them had.
+LATER_SETTINGS = {"deterministic": False, "split_by": "work", "flip": False}
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def plan(settings: Settings) -> Plan:
     if not tables:
         raise ValueError(
             f"{settings.dataset} holds no latents of encoder {encoder}: run the encode job first, with these settings: "
-            "python -m ray_jobs.encode --config ... (another model, resolution, bucket or caption setting is another encoder)"
+            "python -m ray_jobs.encode --config ... (another model, resolution, bucket, mirrored or caption setting is another "
+            "encoder)"
         )
     usual = {name for name, value in LATER_SETTINGS.items() if getattr(settings.train, name) == value}
     decisive = settings.train.model_dump(exclude=SHELL_SETTINGS | usual) | {"cell": settings.train.cell_size}

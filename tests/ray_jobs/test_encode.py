@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from momalisa import family as families
 from momalisa.buckets import Bucketed
@@ -19,7 +20,7 @@ from momalisa.config import Diffusion, Settings
 from momalisa.dataset import Dataset
 from momalisa.dataset.edits import with_edits
 from momalisa.latents import Autoencoder, TextEncoder, encoder_id, frame, from_bytes, load_tokenizer, to_pixels, tokenize
-from momalisa.records import CAPTIONS, IMAGES, LATENTS, Artwork
+from momalisa.records import CAPTIONS, IMAGES, LATENTS, MIRRORED_LATENTS, Artwork
 from momalisa.storage import parquet_bytes
 from ray_jobs import encode
 
@@ -38,6 +39,10 @@ def captioned(settings: Settings, collection: Dataset) -> Dataset:
     path = collection.put_rows(f"captions/{name}", rows, CAPTIONS)
     collection.publish(collection.latest().with_captions(name, [path]))
     return collection
+
+
+def mirrored(settings: Settings) -> Settings:
+    return settings.model_copy(update={"encode": settings.encode.model_copy(update={"mirrored": True})})
 
 
 @pytest.mark.integration
@@ -84,6 +89,7 @@ def test_captioned_pictures_are_encoded_once_whatever_the_pool(
 def test_a_curators_words_take_the_captions_place_without_encoding_a_picture(
     settings: Settings, captioned: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    settings = mirrored(settings)
     encode.run(settings)
     name = encoder_id(settings, captioner_id(settings))
     before = captioned.latest()
@@ -96,7 +102,8 @@ def test_a_curators_words_take_the_captions_place_without_encoding_a_picture(
     tokenizer = load_tokenizer(settings.diffusion)
     for id, text in edits.items():
         assert (new[id]["caption"], new[id]["token_ids"]) == (text, tokenize(tokenizer, [text])[0].tolist())
-    assert new["w00"]["moments"] == old["w00"]["moments"]
+    assert new["w00"]["moments"] == old["w00"]["moments"] != old["w00"]["mirrored"]
+    assert new["w00"]["mirrored"] == old["w00"]["mirrored"]
     assert {id: row for id, row in new.items() if id not in edits} == {id: row for id, row in old.items() if id != "w00"}
     assert before.latents[name] != captioned.latest().latents[name]
     assert not captioned.store.missing(before.paths())
@@ -157,25 +164,59 @@ def test_fused_captions_are_trained_on_where_chosen(settings: Settings, captione
     assert [row["caption"] for row in rows] == [f"caption of {row['id']}, by X" for row in rows]
 
 
-def test_with_buckets_each_picture_keeps_its_proportions(settings: Settings) -> None:
-    chosen = settings.model_copy(update={"encode": settings.encode.model_copy(update={"buckets": True})})
-    assert encoder_id(settings, "blip") != encoder_id(chosen, "blip")
+@pytest.fixture
+def bucketed(settings: Settings) -> Settings:
+    return settings.model_copy(update={"encode": settings.encode.model_copy(update={"buckets": True})})
+
+
+@pytest.fixture
+def pictures() -> dict[str, Image.Image]:
+    """Of three proportions."""
     noise = np.random.default_rng(3).integers(0, 256, (200, 200, 3), dtype=np.uint8)
-    pictures = {"a": Image.fromarray(noise[:90]), "b": Image.fromarray(noise), "c": Image.fromarray(noise[:, :50])}
+    return {"a": Image.fromarray(noise[:90]), "b": Image.fromarray(noise), "c": Image.fromarray(noise[:, :50])}
+
+
+def encoded(chosen: Settings, pictures: dict[str, Image.Image], schema: pa.Schema = LATENTS) -> dict[str, dict[str, Any]]:
+    """The rows of some pictures, by id."""
     works = []
     for id, picture in pictures.items():
         buffer = io.BytesIO()
         picture.save(buffer, "PNG")
         works.append(Artwork(id=id, bytes=buffer.getvalue()).row())
     table = parquet_bytes(pa.Table.from_pylist(works, schema=IMAGES))
-    family = families.Family("encode", chosen.encode, "x", LATENTS, (frame(chosen.encode),), lambda device: model)
     model = encode.load(chosen, "cpu")
+    family = families.Family("encode", chosen.encode, "x", schema, (frame(chosen.encode),), lambda device: model)
     part = {"wanted": json.dumps(dict.fromkeys(pictures, "a caption")), "data": table}
     made = families.fill(families.decode(part, family.squares, ()), family, model)
-    rows = {row["id"]: row for row in pq.read_table(io.BytesIO(made["data"])).to_pylist()}
+    return {row["id"]: row for row in pq.read_table(io.BytesIO(made["data"])).to_pylist()}
+
+
+def test_with_buckets_each_picture_keeps_its_proportions(
+    settings: Settings, bucketed: Settings, pictures: dict[str, Image.Image]
+) -> None:
+    assert encoder_id(settings, "blip") != encoder_id(bucketed, "blip")
+    rows = encoded(bucketed, pictures)
     assert {id: (row["width"], row["height"]) for id, row in rows.items()} == {"a": (12, 5), "b": (8, 8), "c": (4, 16)}
     autoencoder = Autoencoder.load(settings.diffusion)
     for id, row in rows.items():
         pixels = from_bytes(torch.from_numpy(Bucketed(64, 8)(pictures[id]).copy())[None])
         moments = np.frombuffer(row["moments"], "<f2").reshape(8, row["height"], row["width"])
         np.testing.assert_allclose(moments, autoencoder.encode(pixels)[0].numpy(), rtol=2e-3, atol=2e-3)
+
+
+def test_a_mirror_image_is_encoded_like_any_picture(bucketed: Settings, pictures: dict[str, Image.Image]) -> None:
+    rows = encoded(mirrored(bucketed), pictures, MIRRORED_LATENTS)
+    of_mirrors = encoded(bucketed, {id: ImageOps.mirror(picture) for id, picture in pictures.items()})
+    for id, row in rows.items():
+        found, expected = (np.frombuffer(values, "<f2") for values in (row.pop("mirrored"), of_mirrors[id]["moments"]))
+        np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)
+    assert rows == encoded(bucketed, pictures)  # but for the column nothing is another
+
+
+def test_a_mirror_image_that_cannot_be_encoded_is_an_error(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, moments = encode.load(mirrored(settings), "cpu"), torch.zeros(2, 1, 8, 8, 8, dtype=torch.float16)
+    moments[1, 0, 3, 4, 5] = float("inf")
+    sides = iter(moments)
+    monkeypatch.setattr(Autoencoder, "encode", lambda self, pixels: next(sides))
+    (row,) = model.rows([{"id": "x", "text": "one"}], [np.zeros((1, 64, 64, 3), dtype=np.uint8)])
+    assert (row["status"], row["moments"], row["mirrored"]) == ("error", b"", b"")

@@ -31,7 +31,8 @@ def test_it_is_measured_and_said(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "small.yaml"
-    config.write_text(f"diffusion: {{model: {tiny_base}}}\nencode: {{resolution_px: 64}}\ntrain: {{batch: 4, workers: 1}}\n")
+    chosen = "encode: {resolution_px: 64, mirrored: true}\ntrain: {batch: 4, workers: 1, flip: true}\n"
+    config.write_text(f"diffusion: {{model: {tiny_base}}}\n{chosen}")
     monkeypatch.setattr(sys, "argv", ["find_batch", "--config", str(config)])
     find_batch.main()
     lines = capsys.readouterr().out.strip().splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import math
@@ -307,6 +308,40 @@ def test_a_base_with_dropout_is_trained_without_it(run: Run, tmp_path: Path) -> 
     (base / "unet" / "config.json").write_text(json.dumps({**config, "dropout": 0.5}))
     other = replace(run, diffusion=Diffusion(model=str(base)), store=Store(str(tmp_path / "other")))
     assert Trainer(other, Events()).train().losses == Trainer(run, Events()).train().losses
+
+
+def test_a_work_is_trained_on_mirrored_or_not_whoever_draws_it(run: Run) -> None:
+    """By 1, 2 and 3 workers; a mirror image comes as it was encoded, and all else in the sample is as it was."""
+    mirrored = torch.randn(run.cache.stacked().shape, generator=torch.Generator().manual_seed(6)).half()
+    with pytest.raises(ValueError, match=r"train.flip=true, but these latents have no mirror images: set encode.mirrored=true"):
+        Trainer(changed(run, flip=True), Events())
+    flipping = changed(replace(run, cache=replace(run.cache, mirrored=mirrored)), flip=True)
+    sides = run, replace(run, cache=replace(run.cache, moments=mirrored)), flipping
+    plain, of_mirrors, found = (Trainer(side, Events()).batches for side in sides)
+
+    def samples(rank: int, workers: int, images_seen: int) -> list[tuple[str, list[float]]]:
+        one = copy.copy(found)
+        one.rank, one.workers = rank, workers
+        return [
+            (work, row.flatten().tolist())
+            for part in one.make(images_seen)
+            for work, row in zip(part.ids, part.noisy, strict=True)
+        ]
+
+    flipped = []
+    for images_seen in range(0, 96, 8):
+        for straight, mirror, mine in zip(*(side.make(images_seen) for side in (plain, of_mirrors, found)), strict=True):
+            assert mine.ids == straight.ids
+            assert torch.equal(mine.timesteps, straight.timesteps)
+            assert torch.equal(mine.target, straight.target)  # the noise
+            assert torch.equal(mine.text, straight.text)
+            where = (mine.noisy != straight.noisy).flatten(1).any(1)
+            assert torch.equal(mine.noisy, torch.where(where.view(-1, 1, 1, 1), mirror.noisy, straight.noisy))
+            flipped += where.tolist()
+        for workers in (2, 3):
+            together = [sample for rank in range(workers) for sample in samples(rank, workers, images_seen)]
+            assert sorted(together) == sorted(samples(0, 1, images_seen))
+    assert 30 < sum(flipped) < 66  # of 96
 
 
 def test_works_of_several_shapes_train_together(run: Run) -> None:

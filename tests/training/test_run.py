@@ -13,7 +13,7 @@ from momalisa import config
 from momalisa.checkpoint import Checkpoint
 from momalisa.config import Settings
 from momalisa.dataset import Dataset
-from momalisa.records import DUPLICATES, IMAGES, LATENTS, Artwork
+from momalisa.records import DUPLICATES, IMAGES, LATENTS, MIRRORED_LATENTS, Artwork
 from momalisa.training import run as runs
 from momalisa.weights import identity, short_id
 from ray_jobs import train as jobs
@@ -61,10 +61,11 @@ def test_what_decides_its_result_names_it(settings: Settings, change: dict[str, 
 def test_later_settings_name_a_run_only_where_they_are_used(settings: Settings) -> None:
     """So that runs of before keep their names."""
     planned, chosen = runs.plan(settings), settings.train
-    before = chosen.model_dump(exclude=runs.SHELL_SETTINGS | {"deterministic", "split_by"}) | {"cell": chosen.cell_size}
+    before = chosen.model_dump(exclude=runs.SHELL_SETTINGS | {"deterministic", "split_by", "flip"}) | {"cell": chosen.cell_size}
     assert planned.name == f"small-{short_id(before, identity(settings.diffusion.model), list(planned.tables))}"
     assert runs.plan(trained(settings, deterministic=True)).name != planned.name
     assert runs.plan(trained(settings, split_by="artist")).name != planned.name
+    assert runs.plan(trained(settings, flip=True)).name != planned.name
 
 
 def test_a_run_that_stopped_early_is_complete_while_it_may_stop(settings: Settings) -> None:
@@ -85,6 +86,24 @@ def test_more_works_are_another_run(settings: Settings) -> None:
     table = dataset.put_rows(f"latents/{before.encoder_id}", [{**row, "id": "new"}], LATENTS)
     dataset.publish(dataset.latest().with_latents(before.encoder_id, [table]))
     assert runs.plan(settings).name != before.name
+
+
+def test_mirror_images_are_another_encoders(settings: Settings) -> None:
+    """What was encoded without them goes on being trained on without."""
+    wanted = trained(settings, flip=True).model_copy(update={"encode": config.Encode(mirrored=True)})
+    with pytest.raises(ValueError, match=r"holds no latents of encoder .*: run the encode job first.* python -m ray_jobs.encode"):
+        runs.plan(wanted)
+    dataset, encoder = Dataset(settings.dataset), runs.encoder_id(wanted, "blip")
+    mirrored = np.full((8, 2, 2), 3, dtype="<f2").tobytes()
+    rows = [{**row, "mirrored": mirrored} for row in dataset.rows(runs.plan(settings).tables)]
+    table = dataset.put_rows(f"latents/{encoder}", rows, MIRRORED_LATENTS)
+    dataset.publish(dataset.latest().with_latents(encoder, [table]))
+    flipping, plain = (runs.load(one, runs.plan(one)).cache for one in (wanted, settings))
+    assert flipping.mirrored is not None
+    assert len(flipping.mirrored) == len(flipping) > 0
+    assert {float(value) for moments in flipping.mirrored for value in moments.unique()} == {3}
+    assert {float(value) for moments in flipping.moments for value in moments.unique()} == {0}
+    assert (plain.mirrored, plain.ids) == (None, flipping.ids)
 
 
 def test_what_turned_out_to_be_a_duplicate_is_not_trained_on(settings: Settings) -> None:

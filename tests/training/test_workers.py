@@ -125,7 +125,7 @@ def run(tiny_base: Path, tmp_path: Path) -> Run:
     moments = [row if number % 3 else row[:, :, :4].clone() for number, row in enumerate(moments)]
     token_ids = torch.randint(0, 600, (WORKS, 77), generator=source)
     names = [f"work-{i}" for i in range(WORKS)]
-    cache = LatentCache(names, names, moments, token_ids)
+    cache = LatentCache(names, names, moments, token_ids, mirrored=[row + 1 for row in moments])
     return Run("tiny-0", TRAIN, Diffusion(model=str(tiny_base)), cache, Store(str(tmp_path / "store")))
 
 
@@ -191,7 +191,7 @@ def weights_of(run: Run) -> torch.Tensor:
 
 @pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "options", [{}, {"micro_batch": 1}, {"lora_rank": 2, "lora_text_encoder": True, "prior_weight": 1.0}], ids=str
+    "options", [{}, {"micro_batch": 1, "flip": True}, {"lora_rank": 2, "lora_text_encoder": True, "prior_weight": 1.0}], ids=str
 )
 def test_many_workers_train_as_one(run: Run, group: Groups, tmp_path: Path, workers: int, options: dict[str, Any]) -> None:
     """Three workers share four cells: one of them has two."""
