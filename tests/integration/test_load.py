@@ -2,6 +2,7 @@
 
 python -m pytest -m slow tests/integration/test_load.py                        20 s
 MOMALISA_LOAD_S=120 python -m pytest -m slow -s tests/integration/test_load.py     two minutes, and its figures
+MOMALISA_LOAD_THREADS=1 ...                        painted by one thread: other cores are left to HTTP and the visitors
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -29,15 +31,17 @@ from serve.turns import MAX_S
 pytestmark = [pytest.mark.slow, pytest.mark.integration, pytest.mark.timeout(600)]
 
 SECONDS = float(os.environ.get("MOMALISA_LOAD_S", "20"))
+THREADS = os.environ.get("MOMALISA_LOAD_THREADS", "null")  # null: as many as there are cores
 ROOT = Path(__file__).parents[2]
 TIMES = 5
+ROW_STEPS = 2 * 20  # of a guided picture
 SERVER = """
 import socket, sys, uvicorn
 from momalisa import config
 from serve.api import create_app
 from serve.replica import Generator
 settings = config.from_file("configs/demo.yaml", ["--root=" + sys.argv[1], "--serve.precision=bf16", "--serve.watch_s=0",
-    "--serve.max_rows=16", "--serve.max_waiting_rows=48", "--serve.max_waiting_rows_per_key=48"])
+    "--serve.max_rows=16", "--serve.max_waiting_rows=48", "--serve.max_waiting_rows_per_key=48", "--serve.threads=" + sys.argv[3]])
 generator = Generator(settings)
 listener = socket.socket(fileno=int(sys.argv[2]))
 uvicorn.Server(uvicorn.Config(create_app(generator, settings.serve), log_level="warning")).run(sockets=[listener])
@@ -59,7 +63,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, psut
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(1000)
-        command = [sys.executable, "-c", SERVER, str(root), str(listener.fileno())]
+        command = [sys.executable, "-c", SERVER, str(root), str(listener.fileno()), THREADS]
         process = subprocess.Popen(command, cwd=ROOT, pass_fds=[listener.fileno()])
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
         end = time.monotonic() + 120
@@ -96,13 +100,12 @@ class Usage:
 
 
 class Load:
-    """Requests over one client; `finished`: when each picture came."""
+    """Requests over one client."""
 
     def __init__(self, client: aiohttp.ClientSession) -> None:
         self.client = client
         self.statuses: Counter[int] = Counter()
         self.asked = 0
-        self.finished: list[float] = []
         self.waits: list[float] = []
 
     async def ask(self) -> None:
@@ -111,37 +114,49 @@ class Load:
         async with self.client.post("/v1/images/generations", json=body) as answer:
             await answer.read()
         self.statuses[answer.status] += 1
-        if answer.status == 200:
-            self.finished.append(time.monotonic())
-        elif answer.status == 429:
+        if answer.status == 429:
             self.waits.append(float(answer.headers["Retry-After"]))
 
     async def closed(self, visitors: int, seconds: float) -> float:
         """So many visitors who ask again as soon as they have their picture -> pictures/s."""
-        start = time.monotonic()
+        end = time.monotonic() + seconds
 
         async def visitor() -> None:
-            while time.monotonic() < start + seconds:
+            while time.monotonic() < end:
                 await self.ask()
 
-        await asyncio.gather(*(visitor() for _ in range(visitors)))
-        return self.rate(start, start + seconds)
+        rate, *_ = await asyncio.gather(self.rate(seconds), *(visitor() for _ in range(visitors)))
+        return rate
 
     async def opened(self, per_s: float, seconds: float) -> float:
         """Visitors who come by chance, so many a second, whatever becomes of those before -> pictures/s."""
-        start, tasks = time.monotonic(), []
-        due = start
-        while (due := due + random.expovariate(per_s)) < start + seconds:
-            await asyncio.sleep(max(0.0, due - time.monotonic()))
-            tasks.append(asyncio.create_task(self.ask()))
-        rate = self.rate(start, start + seconds)
-        await asyncio.gather(*tasks)
+        due, visitors = 0.0, []
+
+        async def visitor(at: float) -> None:
+            await asyncio.sleep(at)
+            await self.ask()
+
+        while (due := due + random.expovariate(per_s)) < seconds:
+            visitors.append(visitor(due))
+        rate, *_ = await asyncio.gather(self.rate(seconds), *visitors)
         return rate
 
-    def rate(self, start: float, end: float) -> float:
-        """Without the first fifth, in which the line fills."""
-        start += (end - start) / 5
-        return sum(start <= at < end for at in self.finished) / (end - start)
+    async def rate(self, seconds: float) -> float:
+        """Pictures/s without the first fifth, in which the line fills.
+
+        By the steps that were done: pictures of one batch end together, and whether one batch more ends within the time is chance.
+        """
+        await asyncio.sleep(seconds / 5)
+        before, start = await self.row_steps(), time.monotonic()
+        await asyncio.sleep(seconds * 4 / 5)
+        return (await self.row_steps() - before) / ROW_STEPS / (time.monotonic() - start)
+
+    async def row_steps(self) -> float:
+        """Since the server began."""
+        async with self.client.get("/metrics") as answer:
+            found = re.search(r"^momalisa_tick_rows_sum{.*} (.*)$", await answer.text(), re.MULTILINE)
+        assert found is not None
+        return float(found[1])
 
 
 async def test_a_crowd_costs_the_served_nothing(server: tuple[str, Any]) -> None:
