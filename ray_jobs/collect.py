@@ -138,19 +138,19 @@ def _blocks(settings: Settings, plan: Any, blocks: Iterator[list[Any]]) -> Itera
     from momalisa.collect.hosts import HostBook
     from momalisa.collect.pace import Share
     from ray_jobs._cluster import connect
-    from ray_jobs._pauses import SharedPauses
+    from ray_jobs._news import SharedNews
 
     connect()
     chosen, book = settings.collect, HostBook()
     free = Share.among(chosen.tasks, chosen.per_host)
-    pauses = SharedPauses() if len(free) > 1 and chosen.source.kind != "folder" else None
+    news = SharedNews() if len(free) > 1 and chosen.source.kind != "folder" else None
     task: Any = ray.remote(num_cpus=settings.ray_cpus_per_task)(store_block)
     running: dict[Any, tuple[Any, set[str]]] = {}
     while waiting or running:
         while waiting and free and book.may_begin(asked := origins(filter(plan.asks, waiting), chosen)):
             share, tables = free.pop(0), {work.id: plan.known[work.id].table for work in waiting if work.id in plan.known}
             told = frozenset(work.id for work in waiting if not plan.asks(work))
-            block = (settings.dataset, waiting, chosen, share, book.begin(asked), tables, told, pauses)
+            block = (settings.dataset, waiting, chosen, share, book.begin(asked), tables, told, news)
             running[task.remote(*block)] = (share, asked)
             waiting = next(blocks, None)
         finished, _ = ray.wait(list(running), num_returns=1)

@@ -16,8 +16,8 @@ from momalisa.collect.downloader import Downloader
 from momalisa.collect.fetched import Fetched, Validators
 from momalisa.collect.hosts import Hosts, origin_of
 from momalisa.collect.hygiene import BadPicture, clean
+from momalisa.collect.news import News
 from momalisa.collect.pace import Share
-from momalisa.collect.pauses import Pauses
 from momalisa.collect.sources.text import legible
 from momalisa.config import Collect
 from momalisa.dataset import Dataset
@@ -87,7 +87,7 @@ def store_block(
     hosts: Hosts,
     tables: Mapping[str, str],
     told: Set[str] = frozenset(),
-    pauses: Pauses | None = None,
+    news: News | None = None,
 ) -> Stored:
     """Collect a block and write it below `dataset`; nobody reads it before it is published.
 
@@ -95,7 +95,7 @@ def store_block(
     """
     store = Dataset(dataset)
     before = read_before(store, tables)
-    collected = collect_block(works, settings, share, hosts, before, told, pauses)
+    collected = collect_block(works, settings, share, hosts, before, told, news)
     rows, path = [*collected.rows, *_retold(store, collected.retold, before)], ""
     if rows:
         path = store.put_rows("images", [row.row() for row in rows], IMAGES)
@@ -135,7 +135,7 @@ def collect_block(
     hosts: Hosts | None = None,
     before: Mapping[str, Before] | None = None,
     told: Set[str] = frozenset(),
-    pauses: Pauses | None = None,
+    news: News | None = None,
 ) -> Collected:
     """The works, each with its clean picture or the reason why not, in order; those that the source rejected pass unchanged.
 
@@ -157,7 +157,7 @@ def collect_block(
     if settings.source.kind == "folder":
         _read_all(addresses, settings, finish)
     else:
-        downloader = Downloader(settings, share, hosts, pauses)
+        downloader = Downloader(settings, share, hosts, news)
         known = [_known(before.get(works[index].id), works[index]) for index in wanted]
         asyncio.run(downloader.fetch_all(addresses, finish, known))
         learned = downloader.hosts

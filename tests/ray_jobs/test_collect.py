@@ -23,13 +23,14 @@ from PIL import Image
 
 from momalisa import progress
 from momalisa.collect import block
+from momalisa.collect.news import Heard
 from momalisa.collect.sources import open_source
 from momalisa.config import Collect, Settings, Source
 from momalisa.dataset import Dataset
 from momalisa.miniature import wing
 from momalisa.records import CAPTIONS, OK
 from momalisa.storage import Store
-from ray_jobs import _pauses, collect
+from ray_jobs import _news, collect
 from ray_jobs._job import job
 from tests.faulty import Faulty
 
@@ -401,15 +402,24 @@ class TestOnRay:
         assert Dataset(settings.dataset).latest() == version
 
     def test_a_host_that_asks_one_task_to_wait_is_left_alone_by_all(self, tmp_path: Path) -> None:
-        strained = Strained(10)
+        strained = Strained(10, web.Response(status=429, headers={"Retry-After": str(Strained.PAUSE_S)}))
         with wing.serve_in_thread(strained.app) as address:
             path, manners = listing(tmp_path, address, 20), {"obey_robots": False, "attempts": 3, "timeout_s": 100.0}
             limits = {"block_size": 10, "tasks": 2, "per_host": 4, "requests_per_second": 6}
             summary = collect.run(settings_for(tmp_path / "root", path, "moma", **manners, **limits))
         assert summary["rows_out"] == 20
-        late = [at - strained.paused_at for at, _ in strained.asked]
+        late = [at - strained.sent_away_at for at, _ in strained.asked]
         assert not [at for at in late if 2 < at < strained.PAUSE_S]
-        assert {block for at, block in strained.asked if at > strained.paused_at + strained.PAUSE_S} == {0, 1}
+        assert {block for at, block in strained.asked if at > strained.sent_away_at + strained.PAUSE_S} == {0, 1}
+
+    def test_a_host_that_answers_one_task_with_a_challenge_is_asked_no_more_by_any(self, tmp_path: Path) -> None:
+        strained = Strained(20, web.Response(status=403, headers={"cf-mitigated": "challenge"}))
+        with wing.serve_in_thread(strained.app) as address:
+            path, manners = listing(tmp_path, address, 40), {"obey_robots": False, "max_bad_fraction": 1.0}
+            limits = {"block_size": 20, "tasks": 2, "per_host": 4, "requests_per_second": 4}
+            summary = collect.run(settings_for(tmp_path / "root", path, "moma", **manners, **limits))
+        assert summary["reasons"]["blocked"] == summary["rejected"] >= 30
+        assert not [at for at, _ in strained.asked if at > strained.sent_away_at + 2]
 
     def test_only_rejected_works_are_asked_for_again(self, tmp_path: Path) -> None:
         busy = Busy()
@@ -430,20 +440,21 @@ class TestOnRay:
             assert collect.run(retry)["new"] == 0
             assert dataset.latest() == version
 
-    def test_tasks_whose_book_of_pauses_is_lost_go_on_by_themselves(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        pauses = _pauses.SharedPauses()
+    def test_tasks_whose_book_of_news_is_lost_go_on_by_themselves(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        news, known = _news.SharedNews(), Heard({"museum": 7.0}, {"palace"})
 
-        async def asked() -> list[dict[str, float]]:
-            await pauses.add("museum", 7.0)
-            heard = [await pauses.beyond(None)]
-            ray.kill(pauses._book)
-            monkeypatch.setattr(_pauses, "PATIENCE_S", 0.1)
-            while await pauses.beyond(None):  # until it is gone
+        async def asked() -> list[Heard]:
+            await news.pause("museum", 7.0)
+            await news.block("palace")
+            heard = [await news.beyond(None)]
+            ray.kill(news._book)
+            monkeypatch.setattr(_news, "PATIENCE_S", 0.1)
+            while await news.beyond(None) != Heard():  # until it is gone
                 pass
-            await pauses.add("elsewhere", 8.0)
-            return [*heard, await pauses.beyond({"museum": 7.0})]
+            await news.pause("elsewhere", 8.0)
+            return [*heard, await news.beyond(known)]
 
-        assert asyncio.run(asked()) == [{"museum": 7.0}, {"museum": 7.0}]
+        assert asyncio.run(asked()) == [known, known]
 
 
 def test_corrections_do_not_make_up_for_works_that_are_rejected() -> None:
@@ -496,12 +507,12 @@ class Busy:
 
 
 class Strained:
-    """A museum that lets nobody in before works of two blocks are asked for, and then asks the first visitor to come again."""
+    """A museum that lets nobody in before works of two blocks are asked for, and then sends the first visitor away."""
 
     PAUSE_S = 5
 
-    def __init__(self, block_size: int) -> None:
-        self.block_size, self.paused_at, self.open = block_size, 0.0, asyncio.Event()
+    def __init__(self, block_size: int, farewell: web.Response) -> None:
+        self.block_size, self.farewell, self.sent_away_at, self.open = block_size, farewell, 0.0, asyncio.Event()
         self.asked: list[tuple[float, int]] = []  # when, and a work of which block
         self.picture = next(wing.media(work.file_name) for work in wing.works() if work.keeper == "png")
         self.app = web.Application()
@@ -512,9 +523,9 @@ class Strained:
         if len({block for _, block in self.asked}) == 2:
             self.open.set()
         await self.open.wait()
-        if not self.paused_at:
-            self.paused_at = time.time()
-            return web.Response(status=429, headers={"Retry-After": str(self.PAUSE_S)})
+        if not self.sent_away_at:
+            self.sent_away_at = time.time()
+            return self.farewell
         return web.Response(body=self.picture)
 
 
