@@ -94,7 +94,7 @@ def run(settings: Settings) -> dict[str, Any]:
         for stored in _blocks(settings, plan, plan.blocks(source.works())):
             tally.add(stored)
             _remember(dataset, draft, done, stored)
-            bar.total = None if source.expected is None else max(source.expected, tally.works)
+            bar.total = None if source.expected is None else max(source.expected + plan.unforeseen, tally.works)
             bar.update(tally.works, tally.works - tally.ok)
     if not plan.listed and not known:
         left_out = ", ".join(f"{count} are {why}" for why, count in source.left_out.items()) or "it is empty"
