@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -326,25 +327,30 @@ class TestOnRay:
 
     def test_a_picture_with_another_address_is_fetched_from_there_and_no_other_one_is(self, tmp_path: Path) -> None:
         busy = Busy()
-        busy.missing, busy.versions["new.png"] = {"1.png"}, 1
+        busy.missing, busy.silent, busy.versions["new.png"] = {"1.png"}, {"silent.png"}, 1
         with wing.serve_in_thread(busy.app) as address:
             path = listing(tmp_path, address, 8)
             settings = settings_for(tmp_path / "root", path, "moma")
             collect.run(settings)
             dataset = Dataset(settings.dataset)
             before = {row["id"]: row for row in dataset.rows(dataset.latest().images)}
-            for old, new in (("/1.png", "/found.png"), ("/3.png", "/new.png"), ("/5.png", "/moved.png")):
-                path.write_text(path.read_text().replace(old, new))
+            moved = {"1": "found", "3": "new", "5": "moved", "6": "silent"}
+            for old, new in moved.items():
+                path.write_text(path.read_text().replace(f"/{old}.png", f"/{new}.png"))
             busy.asked.clear()
             summary = collect.run(settings)
-            assert busy.asked == {"robots.txt": 1, "found.png": 1, "new.png": 1, "moved.png": 1}
-            assert (summary["rows_in"], summary["rows_out"], summary["new"], summary["skipped"]) == (8, 8, 3, 5)
+            assert busy.asked == {"robots.txt": 1, **{f"{name}.png": 1 for name in moved.values()}}
+            assert (summary["rows_in"], summary["rows_out"], summary["new"], summary["skipped"]) == (8, 8, 4, 4)
             after = {row["id"]: row for row in dataset.rows(dataset.latest().images)}
             assert after["moma-1"]["status"] == OK
             assert after["moma-3"]["sha256"] != before["moma-3"]["sha256"]
-            assert after["moma-5"] == before["moma-5"] | {"image_url": f"{address}/moved.png"}
+            for number, name in ((5, "moved"), (6, "silent")):
+                assert after[f"moma-{number}"] == before[f"moma-{number}"] | {"image_url": f"{address}/{name}.png"}
             assert collect.run(settings)["new"] == 0
-            assert busy.asked.total() == 4
+            assert busy.asked.total() == 5
+            refresh = settings_for(tmp_path / "root", path, "moma", refresh=True)
+            assert collect.run(refresh)["reasons"] == {"not_modified": 8}
+            assert busy.sent_again == 0  # what is said back is what was said there
 
     def test_captions_that_are_published_meanwhile_stay_but_for_corrected_works(
         self, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -387,6 +393,27 @@ class TestOnRay:
         after = {row["id"]: row for row in dataset.rows(dataset.latest().images)}
         changed = {row["title"] for id, row in after.items() if row != before[id]}
         assert (after.keys(), changed) == (before.keys(), {"Red", "Blue"})
+
+    def test_corrections_that_are_interrupted_go_on_and_come_to_the_same(
+        self, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        settings = settings_for(tmp_path / "root", folder)
+        collect.run(settings)
+        shutil.copytree(tmp_path / "root", tmp_path / "other")
+        lines = (json.dumps({"file_name": f"{number}.png", "title": "Sea"}) for number in range(8))
+        (folder / "metadata.jsonl").write_text("\n".join(lines))
+        Image.new("RGB", (32, 24), "gold").save(folder / "8.png")
+        with monkeypatch.context() as patched:
+            patched.setattr(collect, "_publish", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                collect.run(settings)
+        capsys.readouterr()
+        summary = collect.run(settings)
+        assert "collect: going on after 9 works of a run that was interrupted" in capsys.readouterr().out
+        assert (summary["replaced"], summary["rows_in"], summary["rows_out"]) == (8, 9, 8)
+        other = settings_for(tmp_path / "other", folder)
+        assert collect.run(other)["replaced"] == 8
+        assert Dataset(settings.dataset).latest() == Dataset(other.dataset).latest()
 
     def test_two_runs_that_correct_at_once_are_a_conflict_and_the_loser_runs_again(
         self, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -493,6 +520,7 @@ class Busy:
         self.times: list[float] = []
         self.versions: Counter[str] = Counter()
         self.missing: set[str] = set()
+        self.silent: set[str] = set()  # without ETags
         self.pictures = [wing.media(work.file_name) for work in wing.works() if work.keeper == "png"][:2]
         self.app = web.Application()
         self.app.router.add_get("/{name}", self.answer)
@@ -507,11 +535,11 @@ class Busy:
         self.most_open = max(self.most_open, self.open)
         await asyncio.sleep(0.05)
         self.open -= 1
-        tag, said = f'"{self.versions[name]}"', request.headers.get("If-None-Match")
+        tag, said = "" if name in self.silent else f'"{self.versions[name]}"', request.headers.get("If-None-Match")
         self.sent_again += said not in (None, tag)
         if said == tag:
             return web.Response(status=304)
-        return web.Response(body=self.pictures[self.versions[name]], headers={"ETag": tag})
+        return web.Response(body=self.pictures[self.versions[name]], headers={"ETag": tag} if tag else {})
 
 
 class Strained:
