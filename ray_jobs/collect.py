@@ -194,7 +194,8 @@ def _publish(dataset: Any, began_at: Any, done: list[Any], chosen: Collect) -> A
     kept = {id for entry in done for id in entry.kept}
     tables, told = [entry.table for entry in done if entry.table], [entry.told for entry in done if entry.told]
     store, corrections = dataset.store, Corrections(side_by_side(dataset.store.get_table, told))
-    said = {id: one for path in told for id, one in validators.read(store, path).items()}  # of pictures at another address
+    moved = side_by_side(lambda table: validators.read(store, table), told)  # what was said of pictures at another address
+    said = {id: one for part in moved for id, one in part.items()}
 
     def change(latest: Any) -> Any:
         clash = replaced & dataset.replaced(began_at, latest, ("status", "sha256", "image_url", *TOLD)) if replaced else set()
