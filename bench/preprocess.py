@@ -3,8 +3,8 @@
     python bench/preprocess.py [--pictures ../shared/data/artworks] [--record]
 
 Ours is what the caption job does: decode, squeeze to a square (`momalisa.square`), normalise. (In the job the first two
-are done by tasks on CPUs, the third by the model's process.) Both sides get the same bytes in turns, as `collect` stores
-them, in two kinds:
+are done by tasks on CPUs, the third by the model's process.) Both sides get the same bytes, as `collect` stores them, in two
+kinds:
 
     kept       1024x768, 4:2:0, about 115 KB: the usual file of a museum, whose coded pixels collect keeps
     encoded    pictures of more than 1024 px, which collect scales and encodes at quality 95, 4:4:4; without a folder of
@@ -12,7 +12,8 @@ them, in two kinds:
                bounds the ratio.
 
 What counts is the thread's processor time, of each picture the least of several rounds, so that a busy machine slows
-neither side. `bound` is the ratio if nothing were done but decoding. The last line is one JSON object.
+neither side. In a round a side takes all pictures in a row, as a job does: picture by picture each would begin with what the
+other left in the caches. `bound` is the ratio if nothing were done but decoding. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -66,11 +67,11 @@ def real(folder: Path, count: int) -> list[bytes]:
 
 
 def quickest(sides: Sequence[Callable[[bytes], Any]], data: Sequence[bytes], rounds: int) -> list[float]:
-    """Pictures a second of each side's processor time: over pictures, the least of several rounds, sides in turns."""
+    """Pictures a second of each side's processor time: over pictures, the least of several rounds."""
     best = np.full((len(sides), len(data)), np.inf)
     for _ in range(rounds):
-        for number, picture in enumerate(data):
-            for side, function in enumerate(sides):
+        for side, function in enumerate(sides):
+            for number, picture in enumerate(data):
                 began = time.thread_time()
                 function(picture)
                 best[side, number] = min(best[side, number], time.thread_time() - began)

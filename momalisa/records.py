@@ -72,6 +72,9 @@ ARROW = {"bytes": pa.binary(), "builtins.bytes": pa.binary(), "str": pa.string()
 
 IMAGES = pa.schema([pa.field(field.name, ARROW[str(field.type)], nullable=False) for field in fields(Artwork)])
 
+# Of works whose pictures stay: what is told of them now, and where these are. No version names such a table.
+CORRECTIONS = pa.schema([IMAGES.field(name) for name in ("id", "status", "error", "reason", *TOLD, "image_url")])
+
 DUPLICATES = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),

@@ -86,7 +86,7 @@ def run(settings: Settings) -> dict[str, Any]:
     known = dataset.told_places(began_at.images)
     draft = Draft(dataset.store, "collect", short_id(began_at.sha256, decisive(chosen)))
     done = draft.entries()
-    drafted = [entry.table for entry in done]
+    drafted = [table for entry in done for table in entry.tables]
     plan, tally = Plan(known, chosen, dataset.places(drafted)), Tally()
     source = open_source(chosen, dataset.store, plan.counts)
     tally.resume(dataset.small_rows(drafted, ["id", "status", "reason", "error"]), known)
@@ -94,7 +94,7 @@ def run(settings: Settings) -> dict[str, Any]:
         for stored in _blocks(settings, plan, plan.blocks(source.works())):
             tally.add(stored)
             _remember(dataset, draft, done, stored)
-            bar.total = None if source.expected is None else max(source.expected, tally.works)
+            bar.total = None if source.expected is None else max(source.expected + plan.unforeseen, tally.works)
             bar.update(tally.works, tally.works - tally.ok)
     if not plan.listed and not known:
         left_out = ", ".join(f"{count} are {why}" for why, count in source.left_out.items()) or "it is empty"
@@ -102,8 +102,9 @@ def run(settings: Settings) -> dict[str, Any]:
     try:
         tally.judge(chosen)
     except ValueError:  # the next run asks again for the works of every block that holds a rejected one
-        places = dataset.places(entry.table for entry in done)
-        draft.drop({place.table for place in places.values() if not place.ok})
+        places = dataset.places(table for entry in done for table in entry.tables)
+        bad = {place.table for place in places.values() if not place.ok}
+        draft.drop(entry.tables[0] for entry in done if not bad.isdisjoint(entry.tables))
         raise
     version = _publish(dataset, began_at, done, chosen)
     draft.clear()
@@ -138,19 +139,19 @@ def _blocks(settings: Settings, plan: Any, blocks: Iterator[list[Any]]) -> Itera
     from momalisa.collect.hosts import HostBook
     from momalisa.collect.pace import Share
     from ray_jobs._cluster import connect
-    from ray_jobs._pauses import SharedPauses
+    from ray_jobs._news import SharedNews
 
     connect()
     chosen, book = settings.collect, HostBook()
     free = Share.among(chosen.tasks, chosen.per_host)
-    pauses = SharedPauses() if len(free) > 1 and chosen.source.kind != "folder" else None
+    news = SharedNews() if len(free) > 1 and chosen.source.kind != "folder" else None
     task: Any = ray.remote(num_cpus=settings.ray_cpus_per_task)(store_block)
     running: dict[Any, tuple[Any, set[str]]] = {}
     while waiting or running:
         while waiting and free and book.may_begin(asked := origins(filter(plan.asks, waiting), chosen)):
             share, tables = free.pop(0), {work.id: plan.known[work.id].table for work in waiting if work.id in plan.known}
             told = frozenset(work.id for work in waiting if not plan.asks(work))
-            block = (settings.dataset, waiting, chosen, share, book.begin(asked), tables, told, pauses)
+            block = (settings.dataset, waiting, chosen, share, book.begin(asked), tables, told, news)
             running[task.remote(*block)] = (share, asked)
             waiting = next(blocks, None)
         finished, _ = ray.wait(list(running), num_returns=1)
@@ -176,8 +177,8 @@ def _remember(dataset: Any, draft: Any, done: list[Any], stored: Any) -> None:
 
     for table, said in stored.said_again.items():
         validators.add(dataset.store, table, said)
-    if stored.path:
-        done.append(Entry(stored.path, tuple(stored.replaced), tuple(stored.kept)))
+    if stored.path or stored.told:
+        done.append(Entry(stored.path, tuple(stored.replaced), tuple(stored.kept), stored.told))
         draft.add(done[-1])
 
 
@@ -185,12 +186,16 @@ def _publish(dataset: Any, began_at: Any, done: list[Any], chosen: Collect) -> A
     """Move `refs/latest` to a version with the new rows, without the rows that they replace; returns it."""
     from momalisa.collect import duplicates, validators
     from momalisa.dataset import Conflict
+    from momalisa.dataset.corrections import Corrections
     from momalisa.records import TOLD
     from momalisa.storage import side_by_side
 
     replaced = {id for entry in done for id in entry.replaced}
     kept = {id for entry in done for id in entry.kept}
-    tables, store = [entry.table for entry in done], dataset.store
+    tables, told = [entry.table for entry in done if entry.table], [entry.told for entry in done if entry.told]
+    store, corrections = dataset.store, Corrections(side_by_side(dataset.store.get_table, told))
+    moved = side_by_side(lambda table: validators.read(store, table), told)  # what was said of pictures at another address
+    said = {id: one for part in moved for id, one in part.items()}
 
     def change(latest: Any) -> Any:
         clash = replaced & dataset.replaced(began_at, latest, ("status", "sha256", "image_url", *TOLD)) if replaced else set()
@@ -199,8 +204,13 @@ def _publish(dataset: Any, began_at: Any, done: list[Any], chosen: Collect) -> A
                 f"{store.root}: another run has replaced {len(clash)} of these works in the meantime, for example {min(clash)}; "
                 f"nothing was published. Run again: what is there is passed by"
             )
-        version, copies = dataset.without_works(latest, replaced, kept)
-        for _ in side_by_side(lambda old: validators.add(store, copies[old], validators.read(store, old)), copies):
+        version, copies = dataset.without_works(latest, replaced, kept, corrections)
+
+        def hand_on(old: str) -> None:
+            new = {id: said[id] for id in said.keys() & dataset.ids([copies[old]])} if said else {}
+            validators.add(store, copies[old], validators.read(store, old) | new)
+
+        for _ in side_by_side(hand_on, copies):
             pass
         added = dataset.added(version, "images", tables, began_at)
         return duplicates.renewed(dataset, added, latest, chosen.duplicates)

@@ -5,23 +5,24 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import fsspec
+import pyarrow as pa
 
 from momalisa.collect import validators
 from momalisa.collect.downloader import Downloader
 from momalisa.collect.fetched import Fetched, Validators
 from momalisa.collect.hosts import Hosts, origin_of
 from momalisa.collect.hygiene import BadPicture, clean
+from momalisa.collect.news import News
 from momalisa.collect.pace import Share
-from momalisa.collect.pauses import Pauses
 from momalisa.collect.sources.text import legible
 from momalisa.config import Collect
 from momalisa.dataset import Dataset
-from momalisa.records import DETAILS, IMAGES, OK, REJECTED, TOLD, Artwork, Reason
+from momalisa.records import CORRECTIONS, DETAILS, IMAGES, OK, REJECTED, TOLD, Artwork, Reason
 from momalisa.storage import in_bucket, options, retried
 
 OPEN_FILES = 8  # of a folder or a bucket, read at a time
@@ -59,21 +60,23 @@ class Collected:
     """What a block came to. Rows are only those that the dataset lacks or must replace."""
 
     rows: list[Artwork] = field(default_factory=list)
-    retold: list[Artwork] = field(default_factory=list)  # without pictures: these are as they were, what is told of them is not
+    retold: list[Artwork] = field(default_factory=list)  # corrections: their pictures stay, and are not in these rows
     kept: set[str] = field(default_factory=set)  # ids of the retold whose captions hold: DETAILS are as they were
-    said: dict[str, Validators] = field(default_factory=dict)  # id -> what the host said about the rows' pictures
+    said: dict[str, Validators] = field(default_factory=dict)  # id -> what the host said about the rows' pictures, if it is new
     said_again: dict[str, Validators] = field(default_factory=dict)  # the same, of pictures that have not changed
     figures: Figures = field(default_factory=Figures)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A block in the dataset: its table's path ("" if nothing is new), which works have a new row, and its figures."""
+    """A block in the dataset: its tables' paths ("" of nothing new, nothing told otherwise), which works have a new row, and its
+    figures."""
 
     path: str
+    told: str
     works: int
     new: int
-    replaced: frozenset[str]  # ids of rows that the new table's rows stand in for
+    replaced: frozenset[str]  # ids of rows that the new tables' rows stand in for
     kept: frozenset[str]  # of these, works whose captions and latents stay
     said_again: dict[str, dict[str, Validators]]  # images table -> id -> validators
     figures: Figures
@@ -87,7 +90,7 @@ def store_block(
     hosts: Hosts,
     tables: Mapping[str, str],
     told: Set[str] = frozenset(),
-    pauses: Pauses | None = None,
+    news: News | None = None,
 ) -> Stored:
     """Collect a block and write it below `dataset`; nobody reads it before it is published.
 
@@ -95,16 +98,23 @@ def store_block(
     """
     store = Dataset(dataset)
     before = read_before(store, tables)
-    collected = collect_block(works, settings, share, hosts, before, told, pauses)
-    rows, path = [*collected.rows, *_retold(store, collected.retold, before)], ""
-    if rows:
-        path = store.put_rows("images", [row.row() for row in rows], IMAGES)
-        validators.add(store.store, path, collected.said)
+    collected = collect_block(works, settings, share, hosts, before, told, news)
+    path = _put(store, "images", collected.rows, IMAGES, collected.said)
+    retold = _put(store, "corrections", collected.retold, CORRECTIONS, collected.said)
     again: dict[str, dict[str, Validators]] = {}
     for id, said in collected.said_again.items():
         again.setdefault(before[id].table, {})[id] = said
-    ids = frozenset(row.id for row in rows)
-    return Stored(path, len(works), len(ids), ids & before.keys(), frozenset(collected.kept), again, collected.figures)
+    ids, kept = frozenset(row.id for row in (*collected.rows, *collected.retold)), frozenset(collected.kept)
+    return Stored(path, retold, len(works), len(ids), ids & before.keys(), kept, again, collected.figures)
+
+
+def _put(store: Dataset, folder: str, rows: list[Artwork], schema: pa.Schema, said: Mapping[str, Validators]) -> str:
+    """Write a table, and beside it what hosts said about its works' pictures; returns its path, "" of no rows."""
+    if not rows:
+        return ""
+    path = store.put_rows(folder, [row.row() for row in rows], schema)
+    validators.add(store.store, path, {row.id: said[row.id] for row in rows if row.id in said})
+    return path
 
 
 def read_before(dataset: Dataset, tables: Mapping[str, str]) -> dict[str, Before]:
@@ -119,15 +129,6 @@ def read_before(dataset: Dataset, tables: Mapping[str, str]) -> dict[str, Before
     return before
 
 
-def _retold(dataset: Dataset, works: Sequence[Artwork], before: Mapping[str, Before]) -> Iterator[Artwork]:
-    """The works' rows as they are stored, but with what the source tells now."""
-    now = {work.id: work for work in works}
-    for table in sorted({before[id].table for id in now}):
-        for row in dataset.rows([table]):
-            if (work := now.get(row["id"])) and before[work.id].table == table:
-                yield replace(Artwork(**row), **{name: getattr(work, name) for name in (*TOLD, "image_url")})
-
-
 def collect_block(
     works: Sequence[Artwork],
     settings: Collect,
@@ -135,7 +136,7 @@ def collect_block(
     hosts: Hosts | None = None,
     before: Mapping[str, Before] | None = None,
     told: Set[str] = frozenset(),
-    pauses: Pauses | None = None,
+    news: News | None = None,
 ) -> Collected:
     """The works, each with its clean picture or the reason why not, in order; those that the source rejected pass unchanged.
 
@@ -157,7 +158,7 @@ def collect_block(
     if settings.source.kind == "folder":
         _read_all(addresses, settings, finish)
     else:
-        downloader = Downloader(settings, share, hosts, pauses)
+        downloader = Downloader(settings, share, hosts, news)
         known = [_known(before.get(works[index].id), works[index]) for index in wanted]
         asyncio.run(downloader.fetch_all(addresses, finish, known))
         learned = downloader.hosts
@@ -193,7 +194,8 @@ def _sort_in(collected: Collected, row: Artwork, one: Fetched, old: Before | Non
         figures.ok += row.status == OK
         figures.bad_before += row.status != OK and old is not None and old.status != OK
         collected.rows.append(row)
-        collected.said[row.id] = one.validators
+        if one.validators:
+            collected.said[row.id] = one.validators
         return
     _stay(figures, old)
     sent = unchanged and one.reason == Reason.OK  # by the address that the source names now
@@ -212,8 +214,9 @@ def _retell(collected: Collected, row: Artwork, old: Before, said: Validators) -
     """Of a work whose picture stays, keep what is told now if that is something else; returns whether it is."""
     if old.told == _told(row) and old.image_url == row.image_url:
         return False
-    collected.retold.append(row)
-    collected.said[row.id] = said
+    collected.retold.append(replace(row, status=old.status, error=old.error, reason=old.reason))
+    if said != old.said:
+        collected.said[row.id] = said
     if all(old.told[name] == getattr(row, name) for name in DETAILS):
         collected.kept.add(row.id)
     return True

@@ -26,8 +26,8 @@ from momalisa.collect.addresses import PublicResolver, is_private, private
 from momalisa.collect.fetched import NOTHING_SAID, Ended, Fetched, TryAgain, Validators
 from momalisa.collect.hosts import Hosts
 from momalisa.collect.hygiene import is_html
+from momalisa.collect.news import Heard, News
 from momalisa.collect.pace import Pace, Share
-from momalisa.collect.pauses import Pauses
 from momalisa.collect.robots import ROBOTS_BYTES, RobotsFile, Rules, forbidden_by
 from momalisa.config import Collect
 from momalisa.records import Reason
@@ -70,13 +70,13 @@ class Downloader:
     """Fetches URLs in one event loop.
 
     `share` is this downloader's part of the connections and requests that a host is asked for; `hosts` is what is known
-    about them before, and what this downloader learns is added to its own copy. `pauses` are heard by others too.
+    about them before, and what this downloader learns is added to its own copy. `news`: what others must hear at once, too.
     """
 
     def __init__(
-        self, settings: Collect, share: Share | None = None, hosts: Hosts | None = None, pauses: Pauses | None = None
+        self, settings: Collect, share: Share | None = None, hosts: Hosts | None = None, news: News | None = None
     ) -> None:
-        self.settings, self.hosts, self.pauses = settings, (hosts or Hosts()).copy(), pauses
+        self.settings, self.hosts, self.news = settings, (hosts or Hosts()).copy(), news
         share = share or Share(settings.per_host)
         self._paces: dict[str, Pace] = defaultdict(lambda: Pace(share))
         self._rules: dict[str, asyncio.Task[Rules]] = {}
@@ -109,21 +109,22 @@ class Downloader:
 
     @asynccontextmanager
     async def _hearing(self) -> AsyncIterator[None]:
-        """Meanwhile this downloader rests wherever a host has asked another one to."""
-        if self.pauses is None:
+        """Meanwhile this downloader rests where a host has asked another one to, and asks no host that told another one no."""
+        if self.news is None:
             yield
             return
-        listening = asyncio.create_task(self._listen(self.pauses, await self.pauses.beyond(None)))
+        listening = asyncio.create_task(self._listen(self.news, await self.news.beyond(None)))
         try:
             yield
         finally:
             listening.cancel()
 
-    async def _listen(self, pauses: Pauses, heard: dict[str, float]) -> None:
+    async def _listen(self, news: News, heard: Heard) -> None:
         while True:
-            for host, until in heard.items():
+            for host, until in heard.pauses.items():
                 self._paces[host].rest(until)
-            heard = await pauses.beyond(heard)
+            self.hosts.blocked |= heard.blocked
+            heard = await news.beyond(heard)
 
     async def save(self, url: str, file: BinaryIO, max_bytes: int, known: Validators = NOTHING_SAID) -> Fetched:
         """Fetch what the settings themselves name into a file: without a look at robots.txt, and never into memory.
@@ -214,11 +215,12 @@ class Downloader:
             interval_s = max(interval_s, rules.delay_s)
         pace = self._paces[url.host or ""]
         async with pace.connections:
+            self._judge(url)  # others may have found its host blocked meanwhile: then there is no turn to wait for
             await self._memory.acquire()  # until the bytes are used; waited for before the request, whose time is limited
             answer: Fetched | str = Fetched()
             try:
                 await pace.turn(interval_s)
-                self._judge(url)  # others may have found its host blocked meanwhile
+                self._judge(url)  # and once more, for a turn can be long in coming
                 async with session.get(url, allow_redirects=False, headers=wanted.known.headers) as response:
                     if response.status in REDIRECTS and "Location" in response.headers:
                         answer = response.headers["Location"]
@@ -258,9 +260,8 @@ class Downloader:
         body = wanted.file if wanted.file and good else io.BytesIO()
         start, size = await _copied(response, body, limit)
         if _is_challenge(response, start):
-            host = response.url.host or ""
-            self.hosts.blocked.add(host)
-            raise _blocked(host)
+            await self._block(response.url.host or "")
+            raise _blocked(response.url.host or "")
         if status in AGAIN:
             wait_s = retry_after_s(response.headers.get("Retry-After", ""))
             await self._rest(response.url.host or "", min(wait_s, MAX_WAIT_S))
@@ -276,8 +277,14 @@ class Downloader:
         """The host wants no request for so long, whoever of us makes it."""
         until = time.time() + wait_s
         self._paces[host].rest(until)
-        if self.pauses is not None and wait_s:
-            await self.pauses.add(host, until)
+        if self.news is not None and wait_s:
+            await self.news.pause(host, until)
+
+    async def _block(self, host: str) -> None:
+        """The host has said no, to whoever of us asks."""
+        self.hosts.blocked.add(host)
+        if self.news is not None:
+            await self.news.block(host)
 
 
 async def _copied(response: aiohttp.ClientResponse, body: BinaryIO, limit: int) -> tuple[bytes, int]:

@@ -18,6 +18,7 @@ class Plan:
     settings: Collect
     stored: Mapping[str, Place] = field(default_factory=dict)  # of a run that was interrupted: neither asked for nor counted
     listed: int = field(default=0, init=False)  # works that are known, or asked for
+    unforeseen: int = field(default=0, init=False)  # works that are dealt, though their ids do not count
     passed_by: int = field(default=0, init=False)  # known works that are left as they are
     passed_by_ok: int = field(default=0, init=False)
 
@@ -59,6 +60,7 @@ class Plan:
                 self.listed += 1
             elif self.asks(work) or self._is_told_otherwise(work):
                 self.listed += 1
+                self.unforeseen += not self._wants(work.id)
                 block.append(work)
             elif (place := self.known.get(work.id)) is not None:
                 self.listed += 1

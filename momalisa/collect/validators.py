@@ -28,10 +28,9 @@ def read(store: Store, table: str) -> dict[str, Validators]:
 
 
 def add(store: Store, table: str, said: Mapping[str, Validators]) -> None:
-    """Remember what was said about a table's pictures, beside what is known of others."""
-    said = {id: validators for id, validators in said.items() if validators}
+    """Remember what was said about a table's pictures, if only that nothing was, beside what is known of others."""
     if not said:
         return
-    known = read(store, table) | said
+    known = {**read(store, table), **said}
     rows = {id: {"etag": one.etag, "last_modified": one.last_modified} for id, one in known.items()}
     store.write_json(_place(table), rows)

@@ -31,6 +31,8 @@ from momalisa.storage import Pointer, Store, canonical_json, side_by_side
 if TYPE_CHECKING:  # not needed for `--help`
     import pyarrow as pa
 
+    from momalisa.dataset.corrections import Corrections
+
 FORMAT = 1
 LATEST = "refs/latest"
 ATTEMPTS = 30  # to move the pointer, when other runs move it too
@@ -355,17 +357,20 @@ class Dataset:
                 found[id] = Place(path, status == OK, hash(tuple(told)), hash(address))
         return found
 
-    def without_works(self, version: Version, ids: Set[str], kept: Set[str] = frozenset()) -> tuple[Version, dict[str, str]]:
+    def without_works(
+        self, version: Version, ids: Set[str], kept: Set[str] = frozenset(), corrections: Corrections | None = None
+    ) -> tuple[Version, dict[str, str]]:
         """A version in which works have no row in images, captions and latents, for new rows to take their place.
 
-        `kept`: of these works, those whose captions and latents stay.
+        `kept`: of these works, those whose captions and latents stay; `corrections`: those whose row in images stays, but
+        with other words.
         Tables are copied where they hold such a row, never changed. Also returns {images table: its copy}.
         What a curator wrote stays, and so do duplicates, which are found anew.
         """
         if not ids:
             return version, {}
         derived = {path for paths in (*version.captions.values(), *version.latents.values()) for path in paths}
-        copies = self._copies(version.images, ids) | self._copies(derived, ids - kept)
+        copies = self._copies(version.images, ids, corrections) | self._copies(derived, ids - kept)
 
         def swapped(paths: tuple[str, ...]) -> tuple[str, ...]:
             return tuple(sorted({new for new in (copies.get(path, path) for path in paths) if new}))
@@ -378,11 +383,14 @@ class Dataset:
         )
         return changed, {old: copies[old] for old in version.images if copies.get(old)}
 
-    def _copies(self, paths: Iterable[str], ids: Set[str]) -> dict[str, str]:
-        """{table that holds a row of `ids`: its copy without them, "" if no row is left}."""
+    def _copies(self, paths: Iterable[str], ids: Set[str], corrections: Corrections | None = None) -> dict[str, str]:
+        """{table that holds a row of `ids`: its copy without them, but for those that are corrected, "" if no row is left}."""
         holders = [path for path, table in self.small_tables(paths, ["id"]) if not ids.isdisjoint(table["id"].to_pylist())]
-        return dict(zip(holders, side_by_side(lambda path: self._copy_without(path, ids), holders, COPIES), strict=True))
+        gone = ids - corrections.ids if corrections else ids
+        copies = side_by_side(lambda path: self._copy_without(path, gone, corrections), holders, COPIES)
+        return dict(zip(holders, copies, strict=True))
 
-    def _copy_without(self, path: str, ids: Set[str]) -> str:
+    def _copy_without(self, path: str, ids: Set[str], corrections: Corrections | None) -> str:
         kept = self.without(self.store.get_table(path), ids)
-        return self.store.put_table(path.rsplit("/", 1)[0], kept) if kept.num_rows else ""
+        made = corrections.made(kept) if corrections else kept
+        return self.store.put_table(path.rsplit("/", 1)[0], made) if made.num_rows else ""

@@ -16,11 +16,16 @@ from momalisa.storage import Store, side_by_side
 
 
 class Entry(NamedTuple):
-    """A table that was stored whole, the ids of works whose older rows it replaces, and of those whose captions stay."""
+    """A block's table that was stored whole, the ids of works whose older rows it replaces, and of those whose captions stay."""
 
-    table: str
+    table: str  # "" where `told` is all
     replaced: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+    told: str = ""  # a table of corrections; "" where there are none
+
+    @property
+    def tables(self) -> list[str]:
+        return [table for table in (self.table, self.told) if table]
 
 
 class Draft:
@@ -32,15 +37,18 @@ class Draft:
 
     def add(self, entry: Entry) -> None:
         ids = {"replaced": sorted(entry.replaced), "kept": sorted(entry.kept)}
-        self.store.write_json(self._place(entry.table), {"table": entry.table, **ids})
+        self.store.write_json(self._place(entry.tables[0]), {"table": entry.table, "told": entry.told, **ids})
 
     def entries(self) -> list[Entry]:
         """What was stored so far, in order of the tables' paths."""
         found = side_by_side(self.store.read_json, self.store.list(self.folder))
-        return sorted(Entry(value["table"], tuple(value["replaced"]), tuple(value.get("kept", ()))) for value in found)
+        return sorted(
+            Entry(value["table"], tuple(value["replaced"]), tuple(value.get("kept", ())), value.get("told", ""))
+            for value in found
+        )
 
     def drop(self, tables: Iterable[str]) -> None:
-        """Forget these tables: what they hold is made again."""
+        """Forget the entries whose first tables these are: what they hold is made again."""
         for table in tables:
             self.store.delete(self._place(table))
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from momalisa.dataset import Dataset
 from momalisa.storage import READERS, File
 
-FOLDERS = ("images", "duplicates", "captions", "edits", "latents", "manifests", "drafts", "refs")
+FOLDERS = ("images", "duplicates", "captions", "edits", "latents", "corrections", "manifests", "drafts", "refs")
 GRACE_HOURS = 24.0
 
 
@@ -55,7 +55,8 @@ def drafted(dataset: Dataset, files: dict[str, File], youngest: float) -> set[st
             drafts.setdefault(path.rsplit("/", 1)[0], []).append(path)
     alive = [path for paths in drafts.values() if any(files[path].modified >= youngest for path in paths) for path in paths]
     with ThreadPoolExecutor(READERS) as pool:
-        return {*alive, *(str(entry["table"]) for entry in pool.map(dataset.store.read_json, alive))}
+        entries = pool.map(dataset.store.read_json, alive)
+        return {*alive, *(str(entry.get(name, "")) for entry in entries for name in ("table", "told"))}
 
 
 def _pointer(path: str) -> bool:

@@ -64,6 +64,7 @@ def test_what_the_source_tells_otherwise_is_dealt_and_asked_for_only_where_it_ha
     assert [work.id for work in found] == dealt
     assert [work.id for work in found if plan.asks(work)] == asked
     assert plan.listed == len(found) + plan.passed_by
+    assert plan.unforeseen == len(found) - sum(plan.counts(work.id) for work in found)
 
 
 def test_what_counts_is_what_is_asked_for_now_or_was_by_the_run_that_was_interrupted() -> None:

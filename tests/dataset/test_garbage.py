@@ -11,7 +11,7 @@ import pytest
 from momalisa.dataset import Dataset
 from momalisa.dataset.draft import Draft, Entry
 from momalisa.dataset.garbage import garbage, sweep
-from momalisa.records import IMAGES
+from momalisa.records import CORRECTIONS, IMAGES
 from tests.dataset.conftest import add, caption, work
 
 
@@ -108,11 +108,13 @@ def test_what_is_published_between_looking_and_sweeping_stays(dataset: Dataset) 
 
 def test_what_a_draft_names_stays_while_its_job_is_at_work(dataset: Dataset) -> None:
     draft = Draft(dataset.store, "collect", "0123")
-    tables = [dataset.put_rows("images", [work(number).row()], IMAGES) for number in range(2)]
+    tables = [
+        dataset.put_rows(folder, [work(1).row()], schema) for folder, schema in (("images", IMAGES), ("corrections", CORRECTIONS))
+    ]
     draft.add(Entry(tables[0]))
     age(dataset, 25)
     assert set(tables) <= set(garbage(dataset))  # the job is dead
-    draft.add(Entry(tables[1]))
+    draft.add(Entry("", told=tables[1]))
     assert not garbage(dataset)  # it is at work, and has been for long
     draft.clear()
     assert set(garbage(dataset)) == set(tables)

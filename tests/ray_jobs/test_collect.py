@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -23,13 +25,14 @@ from PIL import Image
 
 from momalisa import progress
 from momalisa.collect import block
+from momalisa.collect.news import Heard
 from momalisa.collect.sources import open_source
 from momalisa.config import Collect, Settings, Source
 from momalisa.dataset import Dataset
 from momalisa.miniature import wing
 from momalisa.records import CAPTIONS, OK
 from momalisa.storage import Store
-from ray_jobs import _pauses, collect
+from ray_jobs import _news, collect
 from ray_jobs._job import job
 from tests.faulty import Faulty
 
@@ -100,6 +103,13 @@ class TestOnRay:
         said = capsys.readouterr().out.splitlines()
         assert re.fullmatch(r"collect: 3/6 works, \d rejected, [\d.]+/s, \d+ s left", said[0])
         assert said[-1].startswith("collect: 6/6 works, 1 rejected")
+        lines = (json.dumps({"file_name": f"{number}.png", "title": "Sea"}) for number in range(8))
+        (folder / "metadata.jsonl").write_text("\n".join(lines))
+        for number in (8, 9):
+            Image.new("RGB", (32, 24), (number * 20, 0, 0)).save(folder / f"{number}.png")
+        collect.run(settings_for(tmp_path / "root", folder, tasks=1))
+        counts = re.findall(r"collect: (\d+)/(\d+) works", capsys.readouterr().out)
+        assert counts == [("3", "8"), ("6", "10"), ("9", "10"), ("10", "10")]  # corrections are foreseen once they are dealt
 
     def test_a_second_run_does_nothing_and_a_later_one_only_what_is_new(
         self, tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
@@ -317,25 +327,30 @@ class TestOnRay:
 
     def test_a_picture_with_another_address_is_fetched_from_there_and_no_other_one_is(self, tmp_path: Path) -> None:
         busy = Busy()
-        busy.missing, busy.versions["new.png"] = {"1.png"}, 1
+        busy.missing, busy.silent, busy.versions["new.png"] = {"1.png"}, {"silent.png"}, 1
         with wing.serve_in_thread(busy.app) as address:
             path = listing(tmp_path, address, 8)
             settings = settings_for(tmp_path / "root", path, "moma")
             collect.run(settings)
             dataset = Dataset(settings.dataset)
             before = {row["id"]: row for row in dataset.rows(dataset.latest().images)}
-            for old, new in (("/1.png", "/found.png"), ("/3.png", "/new.png"), ("/5.png", "/moved.png")):
-                path.write_text(path.read_text().replace(old, new))
+            moved = {"1": "found", "3": "new", "5": "moved", "6": "silent"}
+            for old, new in moved.items():
+                path.write_text(path.read_text().replace(f"/{old}.png", f"/{new}.png"))
             busy.asked.clear()
             summary = collect.run(settings)
-            assert busy.asked == {"robots.txt": 1, "found.png": 1, "new.png": 1, "moved.png": 1}
-            assert (summary["rows_in"], summary["rows_out"], summary["new"], summary["skipped"]) == (8, 8, 3, 5)
+            assert busy.asked == {"robots.txt": 1, **{f"{name}.png": 1 for name in moved.values()}}
+            assert (summary["rows_in"], summary["rows_out"], summary["new"], summary["skipped"]) == (8, 8, 4, 4)
             after = {row["id"]: row for row in dataset.rows(dataset.latest().images)}
             assert after["moma-1"]["status"] == OK
             assert after["moma-3"]["sha256"] != before["moma-3"]["sha256"]
-            assert after["moma-5"] == before["moma-5"] | {"image_url": f"{address}/moved.png"}
+            for number, name in ((5, "moved"), (6, "silent")):
+                assert after[f"moma-{number}"] == before[f"moma-{number}"] | {"image_url": f"{address}/{name}.png"}
             assert collect.run(settings)["new"] == 0
-            assert busy.asked.total() == 4
+            assert busy.asked.total() == 5
+            refresh = settings_for(tmp_path / "root", path, "moma", refresh=True)
+            assert collect.run(refresh)["reasons"] == {"not_modified": 8}
+            assert busy.sent_again == 0  # what is said back is what was said there
 
     def test_captions_that_are_published_meanwhile_stay_but_for_corrected_works(
         self, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -379,6 +394,27 @@ class TestOnRay:
         changed = {row["title"] for id, row in after.items() if row != before[id]}
         assert (after.keys(), changed) == (before.keys(), {"Red", "Blue"})
 
+    def test_corrections_that_are_interrupted_go_on_and_come_to_the_same(
+        self, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        settings = settings_for(tmp_path / "root", folder)
+        collect.run(settings)
+        shutil.copytree(tmp_path / "root", tmp_path / "other")
+        lines = (json.dumps({"file_name": f"{number}.png", "title": "Sea"}) for number in range(8))
+        (folder / "metadata.jsonl").write_text("\n".join(lines))
+        Image.new("RGB", (32, 24), "gold").save(folder / "8.png")
+        with monkeypatch.context() as patched:
+            patched.setattr(collect, "_publish", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                collect.run(settings)
+        capsys.readouterr()
+        summary = collect.run(settings)
+        assert "collect: going on after 9 works of a run that was interrupted" in capsys.readouterr().out
+        assert (summary["replaced"], summary["rows_in"], summary["rows_out"]) == (8, 9, 8)
+        other = settings_for(tmp_path / "other", folder)
+        assert collect.run(other)["replaced"] == 8
+        assert Dataset(settings.dataset).latest() == Dataset(other.dataset).latest()
+
     def test_two_runs_that_correct_at_once_are_a_conflict_and_the_loser_runs_again(
         self, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -401,15 +437,24 @@ class TestOnRay:
         assert Dataset(settings.dataset).latest() == version
 
     def test_a_host_that_asks_one_task_to_wait_is_left_alone_by_all(self, tmp_path: Path) -> None:
-        strained = Strained(10)
+        strained = Strained(10, web.Response(status=429, headers={"Retry-After": str(Strained.PAUSE_S)}))
         with wing.serve_in_thread(strained.app) as address:
             path, manners = listing(tmp_path, address, 20), {"obey_robots": False, "attempts": 3, "timeout_s": 100.0}
             limits = {"block_size": 10, "tasks": 2, "per_host": 4, "requests_per_second": 6}
             summary = collect.run(settings_for(tmp_path / "root", path, "moma", **manners, **limits))
         assert summary["rows_out"] == 20
-        late = [at - strained.paused_at for at, _ in strained.asked]
+        late = [at - strained.sent_away_at for at, _ in strained.asked]
         assert not [at for at in late if 2 < at < strained.PAUSE_S]
-        assert {block for at, block in strained.asked if at > strained.paused_at + strained.PAUSE_S} == {0, 1}
+        assert {block for at, block in strained.asked if at > strained.sent_away_at + strained.PAUSE_S} == {0, 1}
+
+    def test_a_host_that_answers_one_task_with_a_challenge_is_asked_no_more_by_any(self, tmp_path: Path) -> None:
+        strained = Strained(20, web.Response(status=403, headers={"cf-mitigated": "challenge"}))
+        with wing.serve_in_thread(strained.app) as address:
+            path, manners = listing(tmp_path, address, 40), {"obey_robots": False, "max_bad_fraction": 1.0}
+            limits = {"block_size": 20, "tasks": 2, "per_host": 4, "requests_per_second": 4}
+            summary = collect.run(settings_for(tmp_path / "root", path, "moma", **manners, **limits))
+        assert summary["reasons"]["blocked"] == summary["rejected"] >= 30
+        assert not [at for at, _ in strained.asked if at > strained.sent_away_at + 2]
 
     def test_only_rejected_works_are_asked_for_again(self, tmp_path: Path) -> None:
         busy = Busy()
@@ -430,20 +475,21 @@ class TestOnRay:
             assert collect.run(retry)["new"] == 0
             assert dataset.latest() == version
 
-    def test_tasks_whose_book_of_pauses_is_lost_go_on_by_themselves(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        pauses = _pauses.SharedPauses()
+    def test_tasks_whose_book_of_news_is_lost_go_on_by_themselves(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        news, known = _news.SharedNews(), Heard({"museum": 7.0}, {"palace"})
 
-        async def asked() -> list[dict[str, float]]:
-            await pauses.add("museum", 7.0)
-            heard = [await pauses.beyond(None)]
-            ray.kill(pauses._book)
-            monkeypatch.setattr(_pauses, "PATIENCE_S", 0.1)
-            while await pauses.beyond(None):  # until it is gone
+        async def asked() -> list[Heard]:
+            await news.pause("museum", 7.0)
+            await news.block("palace")
+            heard = [await news.beyond(None)]
+            ray.kill(news._book)
+            monkeypatch.setattr(_news, "PATIENCE_S", 0.1)
+            while await news.beyond(None) != Heard():  # until it is gone
                 pass
-            await pauses.add("elsewhere", 8.0)
-            return [*heard, await pauses.beyond({"museum": 7.0})]
+            await news.pause("elsewhere", 8.0)
+            return [*heard, await news.beyond(known)]
 
-        assert asyncio.run(asked()) == [{"museum": 7.0}, {"museum": 7.0}]
+        assert asyncio.run(asked()) == [known, known]
 
 
 def test_corrections_do_not_make_up_for_works_that_are_rejected() -> None:
@@ -474,6 +520,7 @@ class Busy:
         self.times: list[float] = []
         self.versions: Counter[str] = Counter()
         self.missing: set[str] = set()
+        self.silent: set[str] = set()  # without ETags
         self.pictures = [wing.media(work.file_name) for work in wing.works() if work.keeper == "png"][:2]
         self.app = web.Application()
         self.app.router.add_get("/{name}", self.answer)
@@ -488,20 +535,20 @@ class Busy:
         self.most_open = max(self.most_open, self.open)
         await asyncio.sleep(0.05)
         self.open -= 1
-        tag, said = f'"{self.versions[name]}"', request.headers.get("If-None-Match")
+        tag, said = "" if name in self.silent else f'"{self.versions[name]}"', request.headers.get("If-None-Match")
         self.sent_again += said not in (None, tag)
         if said == tag:
             return web.Response(status=304)
-        return web.Response(body=self.pictures[self.versions[name]], headers={"ETag": tag})
+        return web.Response(body=self.pictures[self.versions[name]], headers={"ETag": tag} if tag else {})
 
 
 class Strained:
-    """A museum that lets nobody in before works of two blocks are asked for, and then asks the first visitor to come again."""
+    """A museum that lets nobody in before works of two blocks are asked for, and then sends the first visitor away."""
 
     PAUSE_S = 5
 
-    def __init__(self, block_size: int) -> None:
-        self.block_size, self.paused_at, self.open = block_size, 0.0, asyncio.Event()
+    def __init__(self, block_size: int, farewell: web.Response) -> None:
+        self.block_size, self.farewell, self.sent_away_at, self.open = block_size, farewell, 0.0, asyncio.Event()
         self.asked: list[tuple[float, int]] = []  # when, and a work of which block
         self.picture = next(wing.media(work.file_name) for work in wing.works() if work.keeper == "png")
         self.app = web.Application()
@@ -512,9 +559,9 @@ class Strained:
         if len({block for _, block in self.asked}) == 2:
             self.open.set()
         await self.open.wait()
-        if not self.paused_at:
-            self.paused_at = time.time()
-            return web.Response(status=429, headers={"Retry-After": str(self.PAUSE_S)})
+        if not self.sent_away_at:
+            self.sent_away_at = time.time()
+            return self.farewell
         return web.Response(body=self.picture)
 
 
