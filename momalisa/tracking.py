@@ -194,10 +194,10 @@ class WandbRun:
         if self._bucket is not None:
             self._wandb.teardown()  # W&B's own process writes its last lines when it ends
             if kept or not sent:
-                self._carry(self._bucket, later)
+                later = self._carry(self._bucket, later)
             shutil.rmtree(self.directory)
         if not sent:
-            raise TimeoutError(f"not all of the run was sent within {FINISH_S:g} s; bring it to the server later with `{later}`")
+            raise TimeoutError(f"not all of the run was sent within {FINISH_S:g} s: bring it to the server later with `{later}`")
 
     def _sent(self) -> bool:
         """Finish the run; False where W&B's own process had to be killed, because it waits for the server without end.
@@ -221,16 +221,16 @@ class WandbRun:
             patience.cancel()
         return True
 
-    def _carry(self, bucket: Store, later: str) -> None:
-        """Bring an unsent run, and what it has staged, from this machine to <root>/wandb/<run>/<its folder here>."""
+    def _carry(self, bucket: Store, later: str) -> str:
+        """Bring a run, and what it has staged, from this machine to <root>/wandb/<run>/<its folder here>; returns the way back."""
         folder, here = f"wandb/{self._begin['name']}/{self.directory.name}", self.directory.parent
         for part in (self.directory / "wandb").iterdir():
             if part.is_dir() and not part.is_symlink():  # W&B's links say which run is the latest
                 bucket.upload(part, f"{folder}/wandb/{part.name}")
-        fetch = f"mkdir -p {here} && gcloud storage cp -r {bucket.url(folder)} {here}"
-        how = f"`{fetch} && {later}`"
-        bucket.write_bytes(f"{folder}/README", f"{how}\n".encode())
-        print(f"W&B: this run is in {bucket.url(folder)}; bring it to the server with {how}", flush=True)
+        how = f"mkdir -p {here} && gcloud storage cp -r {bucket.url(folder)} {here} && {later}"
+        bucket.write_bytes(f"{folder}/README", f"`{how}`\n".encode())
+        print(f"W&B: this run is in {bucket.url(folder)}; bring it to the server with `{how}`", flush=True)
+        return how
 
 
 def stage(folder: str | None) -> str | None:

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import hashlib
 import json
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
-from aiohttp import BasicAuth, web
+from aiohttp import web
 from graphql import build_schema, graphql_sync
 
 ENTITY = "museum"
@@ -118,7 +117,7 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     streams: dict[str, list[str]] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
-    uses: list[str] = field(default_factory=list)  # artifacts' ids
+    uses: set[str] = field(default_factory=set)  # artifacts' ids
     exit_code: int | None = None
 
     @property
@@ -154,6 +153,7 @@ class Artifact:
     collection: str
     digest: str
     metadata: dict[str, Any]
+    client: str  # its id before it had one here, by which a run's history names it
     aliases: set[str] = field(default_factory=set)
     files: dict[str, bytes] = field(default_factory=dict)
     manifest: bytes = b""
@@ -211,9 +211,8 @@ class WandbServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    @contextlib.contextmanager
-    def serving(self) -> Iterator[WandbServer]:
-        """In a thread, on a free port, and the next time on the same one; what it keeps outlives it."""
+    def start(self) -> None:
+        """In a thread, on a free port, and the next time on the same one."""
         app = web.Application(client_max_size=2**26, middlewares=[self.admit])
         app.router.add_post("/graphql", self.graphql)
         app.router.add_post("/files/{entity}/{project}/{run}/file_stream", self.file_stream)
@@ -229,14 +228,14 @@ class WandbServer:
             await self._over.wait()
             await runner.cleanup()
 
-        thread = threading.Thread(target=lambda: asyncio.run(serve()))
-        thread.start()
+        self._thread = threading.Thread(target=lambda: asyncio.run(serve()))
+        self._thread.start()
         assert started.wait(30)
-        try:
-            yield self
-        finally:
-            self._loop.call_soon_threadsafe(self._over.set)
-            thread.join()
+
+    def stop(self) -> None:
+        """What it keeps outlives it."""
+        self._loop.call_soon_threadsafe(self._over.set)
+        self._thread.join()
 
     @web.middleware
     async def admit(self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.Response]]) -> web.Response:
@@ -245,9 +244,10 @@ class WandbServer:
             return web.json_response({"error": "made to fail"}, status=500)
         if self.mode == "silent":
             await self._over.wait()
+            raise web.HTTPServiceUnavailable
         body = await request.read()
         self.bodies.append(body)
-        if request.method != "PUT" and request.headers.get("Authorization") != BasicAuth("api", self.key).encode():
+        if request.method != "PUT" and request.headers.get("Authorization") != f"Basic {base64.b64encode(f'api:{self.key}'.encode()).decode()}":
             return web.json_response({"error": "the key is wrong"}, status=401)  # an upload's address is its permission
         try:
             return await handler(request)
@@ -320,7 +320,14 @@ class WandbServer:
         made = self.newest(input["artifactCollectionName"])
         if made is None or made.digest != input["digest"]:
             metadata = json.loads(input.get("metadata") or "{}")
-            made = Artifact(str(len(self.artifacts)), input["artifactTypeName"], input["artifactCollectionName"], input["digest"], metadata)
+            made = Artifact(
+                id=str(len(self.artifacts)),
+                type=input["artifactTypeName"],
+                collection=input["artifactCollectionName"],
+                digest=input["digest"],
+                metadata=metadata,
+                client=input["clientID"],
+            )
             self.artifacts[made.id] = made
         named = {alias["alias"] for alias in input.get("aliases") or []}
         for other in self.artifacts.values():
@@ -351,5 +358,5 @@ class WandbServer:
     def use_artifact(self, _: Any, input: dict[str, Any]) -> dict[str, Any]:
         used = self.artifacts[input["artifactID"]]
         assert used.committed, f"{used.collection} is used before it is whole"
-        self.runs[input["runName"]].uses.append(used.id)
+        self.runs[input["runName"]].uses.add(used.id)
         return {"artifact": used.node(used)}
