@@ -25,6 +25,7 @@ from momalisa.storage import Store
 STAGING = "WANDB_DATA_DIR"  # where W&B looks for the folder in which it stages files
 FINISH_S = 60.0  # for uploads at the end; what is not done by then stays on disk for `wandb sync`
 FLUSH_S = 5.0  # what a killed process has not written to disk yet
+UPLOAD_BYTES_PER_S = 1e7  # and for a model as long as it takes at this speed: 3.4 GB are sent in 6 minutes
 RETRIES = 1_000_000  # a minute apart, as long as the run goes: of an artifact that W&B gives up it deletes the staged files
 EVALUATION = "evaluation"
 
@@ -97,7 +98,8 @@ class WandbRun:
         self._bucket = Store(settings.root) if "://" in settings.root else None
         self.directory = Path(tempfile.mkdtemp(prefix="momalisa-wandb-") if self._bucket else settings.root).absolute()
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._wandb, self._settings, self._service = wandb, settings, None
+        self._wandb, self._settings, self._patience_s = wandb, settings, FINISH_S
+        self._service: Any = None  # W&B's own process, where it talks to a server
         self._begin: dict[str, Any] = {
             "project": settings.wandb.project,
             "id": f"{run_id}-{job}",
@@ -107,6 +109,7 @@ class WandbRun:
             "resume": "allow",
             "config": redacted(settings.model_dump(mode="json")),
         }
+        os.environ.pop("WANDB_SERVICE", None)  # of another program, which may end before this one
         beside = mode(settings) != "disabled"
         self._staged_before = stage(str(self.directory / "wandb") if beside else os.environ.get(STAGING))
         try:
@@ -135,10 +138,11 @@ class WandbRun:
             x_file_transfer_retry_max=RETRIES,
         )
         try:
-            run = self._wandb.init(**self._begin, mode=cast("Any", how), settings=options)
+            run: Any = self._wandb.init(**self._begin, mode=cast("Any", how), settings=options)
             if how == "online":
                 run._log_artifact = self._record
-                self._service = self._wandb.setup().ensure_service()._proc._process
+                connection: Any = self._wandb.setup().ensure_service()
+                self._service = connection._proc._process
             return run
         except Exception as error:
             if how != "online":
@@ -150,7 +154,9 @@ class WandbRun:
             self._wandb.teardown()
             return self._init("offline")
 
-    def _record(self, artifact: Any, *, aliases: Any = None, is_user_created: bool = False, use_after_commit: bool = False, **_: Any) -> Any:
+    def _record(
+        self, artifact: Any, *, aliases: Any = None, is_user_created: bool = False, use_after_commit: bool = False, **_: Any
+    ) -> Any:
         """Log an artifact online as W&B does offline: it is written to disk, and sent when the server answers.
 
         W&B's own way asks the server first, waits for it, and leaves nothing on disk for `wandb sync`.
@@ -181,10 +187,11 @@ class WandbRun:
     def artifact(self, name: str, directory: Path, metadata: dict[str, Any], alias: str) -> None:
         artifact = self._wandb.Artifact(name, type="model", metadata=metadata)
         artifact.add_dir(str(directory))
+        self._patience_s += artifact.size / UPLOAD_BYTES_PER_S
         self._run.log_artifact(artifact, aliases=[alias, "latest"])
 
     def finish(self) -> None:
-        """Raises TimeoutError where an online run's uploads take longer than FINISH_S: all of it stays on disk, or in the bucket."""
+        """Raises TimeoutError where an online run's uploads take too long: all of it stays on disk, or in the bucket."""
         kept, folder = self._run.offline, Path(self._run.dir).parent
         try:
             sent = self._sent()
@@ -197,7 +204,9 @@ class WandbRun:
                 later = self._carry(self._bucket, later)
             shutil.rmtree(self.directory)
         if not sent:
-            raise TimeoutError(f"not all of the run was sent within {FINISH_S:g} s: bring it to the server later with `{later}`")
+            raise TimeoutError(
+                f"not all of the run was sent within {self._patience_s:.0f} s: bring it to the server later with `{later}`"
+            )
 
     def _sent(self) -> bool:
         """Finish the run; False where W&B's own process had to be killed, because it waits for the server without end.
@@ -207,22 +216,28 @@ class WandbRun:
         if self._service is None:
             self._run.finish()
             return True
-        patience = threading.Timer(FINISH_S, self._service.kill)
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            self._service.kill()
+
+        patience = threading.Timer(self._patience_s, give_up)
         patience.start()
         try:
             self._run.finish()
         except Exception:
-            if self._service.poll() is None:
+            if not late.is_set():
                 raise
-            with contextlib.suppress(Exception):
+            self._service.wait()
+            with contextlib.suppress(Exception):  # it cannot say goodbye
                 self._wandb.teardown()
-            return False
         finally:
             patience.cancel()
-        return True
+        return not late.is_set()
 
     def _carry(self, bucket: Store, later: str) -> str:
-        """Bring a run, and what it has staged, from this machine to <root>/wandb/<run>/<its folder here>; returns the way back."""
+        """Bring a run, and what it has staged, from this machine to <root>/wandb/<run>/<its folder here>; say how it goes on."""
         folder, here = f"wandb/{self._begin['name']}/{self.directory.name}", self.directory.parent
         for part in (self.directory / "wandb").iterdir():
             if part.is_dir() and not part.is_symlink():  # W&B's links say which run is the latest

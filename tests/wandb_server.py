@@ -1,4 +1,4 @@
-"""What a W&B server keeps of runs and artifacts, on this machine: its GraphQL, file stream and uploads, as far as we ask for them.
+"""W&B's server on this machine, as far as we ask for it: runs and artifacts, by GraphQL, file stream and uploads.
 
 The schema is written from the operations in wandb 0.31.0's own wandb-core. What it does not know it refuses, and remembers
 in `refused`; it says nothing that it has not been told.
@@ -20,34 +20,27 @@ from aiohttp import web
 from graphql import build_schema, graphql_sync
 
 ENTITY = "museum"
-FEATURES = ["CLIENT_IDS", "FILESTREAM_GZIP", "LARGE_FILENAMES", "USE_ARTIFACT_WITH_ENTITY_AND_PROJECT_INFORMATION"]
+FEATURES = [
+    "ARTIFACT_DIGEST_ALGORITHM",
+    "CLIENT_IDS",
+    "FILESTREAM_GZIP",
+    "LARGE_FILENAMES",
+    "USE_ARTIFACT_WITH_ENTITY_AND_PROJECT_INFORMATION",
+]
 SCHEMA = build_schema("""
-scalar JSON
 scalar JSONString
 
-type Query {
-  viewer: User!
-  serverInfo: ServerInfo!
-  entity(name: String!): Entity
-  project(name: String, entityName: String): Project
-  model(name: String, entityName: String): Project
-}
-type User { id: ID! entity: String! username: String! email: String! flags: JSONString! teams: EntityConnection! }
-type EntityConnection { edges: [EntityEdge!]! }
-type EntityEdge { node: Entity! }
-type Entity { id: ID! name: String! organization: Organization xxhashDigestsEnabled: Boolean! }
-type Organization { name: String! coreWeaveOrganizationId: String }
+type Query { serverInfo: ServerInfo! model(name: String, entityName: String): Project }
 type ServerInfo { features: [Feature!]! }
 type Feature { name: String! isEnabled: Boolean! }
-type Project { id: ID! name: String! entity: Entity! artifactType(name: String!): ArtifactType bucket(name: String!, missingOk: Boolean): Run }
-type ArtifactType { artifactCollection(name: String!): ArtifactCollection }
-interface ArtifactCollection { digestAlgorithm: String! latestArtifact: Artifact }
-type ArtifactSequence implements ArtifactCollection { digestAlgorithm: String! latestArtifact: Artifact }
+type Entity { id: ID! name: String! }
+type Project { id: ID! name: String! entity: Entity! bucket(name: String!, missingOk: Boolean): Run }
 type Artifact { id: ID! state: String! digest: String! artifactSequence: ArtifactSequence! }
+type ArtifactSequence { latestArtifact: Artifact }
 type Run {
-  id: ID! name: String! displayName: String! description: String config: JSONString! sweepName: String project: Project! tags: [String!]! notes: String
-  summaryMetrics: JSONString! historyLineCount: Int! eventsLineCount: Int! logLineCount: Int! historyTail: JSONString! eventsTail: JSONString!
-  wandbConfig(keys: [String!]!): JSONString!
+  id: ID! name: String! displayName: String! description: String config: JSONString! sweepName: String project: Project!
+  tags: [String!]! notes: String summaryMetrics: JSONString! historyLineCount: Int! eventsLineCount: Int! logLineCount: Int!
+  historyTail: JSONString! eventsTail: JSONString! wandbConfig(keys: [String!]!): JSONString!
 }
 
 type Mutation {
@@ -60,9 +53,9 @@ type Mutation {
   useArtifact(input: UseArtifactInput!): UseArtifactPayload
 }
 input UpsertBucketInput {
-  id: String name: String groupName: String modelName: String entityName: String description: String displayName: String notes: String
-  config: JSONString commit: String host: String debug: Boolean jobProgram: String jobRepo: String jobType: String state: String
-  sweep: String tags: [String!] summaryMetrics: JSONString
+  id: String name: String groupName: String modelName: String entityName: String description: String displayName: String
+  notes: String config: JSONString commit: String host: String debug: Boolean jobProgram: String jobRepo: String
+  jobType: String state: String sweep: String tags: [String!] summaryMetrics: JSONString
 }
 type UpsertBucketPayload { bucket: Run! inserted: Boolean! }
 input CreateRunFilesInput { entityName: String! projectName: String! runName: String! files: [String!]! }
@@ -71,8 +64,9 @@ type RunFile { name: String! uploadUrl: String! }
 enum ArtifactDigestAlgorithm { MANIFEST_MD5 }
 input ArtifactAliasInput { artifactCollectionName: String! alias: String! }
 input CreateArtifactInput {
-  entityName: String! projectName: String! artifactTypeName: String! artifactCollectionName: String! artifactCollectionNames: [String!]
-  runName: String digest: String! digestAlgorithm: ArtifactDigestAlgorithm! description: String labels: JSONString metadata: JSONString
+  entityName: String! projectName: String! artifactTypeName: String! artifactCollectionName: String!
+  artifactCollectionNames: [String!] runName: String digest: String! digestAlgorithm: ArtifactDigestAlgorithm! description: String
+  labels: JSONString metadata: JSONString
   aliases: [ArtifactAliasInput!] historyStep: Int enableDigestDeduplication: Boolean! distributedID: String clientID: ID!
   sequenceClientID: ID! clientMutationId: String storageRegion: String ttlDurationSeconds: Int
 }
@@ -86,14 +80,20 @@ input CreateArtifactManifestInput {
 }
 type CreateArtifactManifestPayload { artifactManifest: ArtifactManifest! }
 type ArtifactManifest { id: ID! file: File! }
-type File { id: ID! uploadUrl: String uploadHeaders: [String!]! storagePath: String uploadMultipartUrls: Parts artifact: Artifact! }
+type File {
+  id: ID! uploadUrl: String uploadHeaders: [String!]! storagePath: String uploadMultipartUrls: Parts artifact: Artifact!
+}
 type Parts { uploadID: ID! uploadUrlParts: [Part!]! }
 type Part { partNumber: Int! uploadUrl: String! }
 enum ArtifactStorageLayout { V2 }
 input CreateArtifactFilesInput {
-  artifactFiles: [CreateArtifactFileSpecInput!]! storageLayout: ArtifactStorageLayout! clientMutationId: String cloudRegionID: ID
+  artifactFiles: [CreateArtifactFileSpecInput!]! storageLayout: ArtifactStorageLayout!
+  digestAlgorithm: ArtifactDigestAlgorithm clientMutationId: String cloudRegionID: ID
 }
-input CreateArtifactFileSpecInput { artifactID: ID! artifactManifestID: ID! name: String! md5: String! mimetype: String uploadPartsInput: [PartInput!] }
+input CreateArtifactFileSpecInput {
+  artifactID: ID! artifactManifestID: ID! name: String! md5: String! digest: String
+  mimetype: String uploadPartsInput: [PartInput!]
+}
 input PartInput { hexMD5: String! partNumber: Int! }
 type CreateArtifactFilesPayload { files: FileConnection! }
 type FileConnection { edges: [FileEdge!]! }
@@ -126,7 +126,9 @@ class Run:
 
     def node(self) -> dict[str, Any]:
         """As GraphQL sees it."""
-        history, events, summary = (self.streams.get(f"wandb-{name}", []) for name in ("history.jsonl", "events.jsonl", "summary.json"))
+        history, events, summary = (
+            self.streams.get(f"wandb-{name}", []) for name in ("history.jsonl", "events.jsonl", "summary.json")
+        )
         return {
             "id": f"run/{self.project}/{self.name}",
             "name": self.name,
@@ -164,13 +166,14 @@ class Artifact:
         entries = {path: entry["digest"] for path, entry in json.loads(self.manifest)["contents"].items()}
         assert entries == {path: md5(data) for path, data in self.files.items()}, f"{self.collection} is not whole"
         lines = "".join(f"{path}:{digest}\n" for path, digest in sorted(entries.items()))
-        assert self.digest == hashlib.md5(f"wandb-artifact-manifest-v1\n{lines}".encode()).hexdigest(), f"{self.collection}'s digest"
+        assert self.digest == hashlib.md5(f"wandb-artifact-manifest-v1\n{lines}".encode()).hexdigest(), (
+            f"{self.collection}'s digest"
+        )
 
     def node(self, latest: Artifact | None) -> dict[str, Any]:
         """As GraphQL sees it."""
-        newest = {"id": latest.id} if latest else None
-        sequence = {"__typename": "ArtifactSequence", "digestAlgorithm": "MANIFEST_MD5", "latestArtifact": newest}
         state = "COMMITTED" if self.committed else "PENDING"
+        sequence = {"latestArtifact": {"id": latest.id} if latest else None}
         return {"id": self.id, "state": state, "digest": self.digest, "artifactSequence": sequence}
 
 
@@ -189,13 +192,9 @@ class WandbServer:
         self.key, self.mode, self.port = key, "", 0
         self.runs, self.artifacts = dict[str, Run](), dict[str, Artifact]()
         self.asked, self.refused, self.bodies = list[str](), list[str](), list[bytes]()
-        user = {"id": "user", "entity": ENTITY, "username": "curator", "email": "", "flags": "{}", "teams": {"edges": []}}
         self.root: dict[str, Any] = {
-            "viewer": user,
             "serverInfo": {"features": [{"name": name, "isEnabled": True} for name in FEATURES]},
-            "entity": lambda _, name: {"id": name, "name": name, "organization": None, "xxhashDigestsEnabled": False},
-            "project": self.find,
-            "model": self.find,
+            "model": self.model,
             "upsertBucket": self.upsert_bucket,
             "createRunFiles": self.create_run_files,
             "createArtifact": self.create_artifact,
@@ -247,7 +246,10 @@ class WandbServer:
             raise web.HTTPServiceUnavailable
         body = await request.read()
         self.bodies.append(body)
-        if request.method != "PUT" and request.headers.get("Authorization") != f"Basic {base64.b64encode(f'api:{self.key}'.encode()).decode()}":
+        if (
+            request.method != "PUT"
+            and request.headers.get("Authorization") != f"Basic {base64.b64encode(f'api:{self.key}'.encode()).decode()}"
+        ):
             return web.json_response({"error": "the key is wrong"}, status=401)  # an upload's address is its permission
         try:
             return await handler(request)
@@ -259,7 +261,9 @@ class WandbServer:
         asked = await request.json()
         name = asked.get("operationName") or asked["query"]
         self.asked.append(name)
-        result = graphql_sync(SCHEMA, asked["query"], self.root, variable_values=asked.get("variables"), operation_name=asked.get("operationName"))
+        result = graphql_sync(
+            SCHEMA, asked["query"], self.root, variable_values=asked.get("variables"), operation_name=asked.get("operationName")
+        )
         assert not result.errors, f"{name}: {result.errors}"
         return web.json_response({"data": result.data})
 
@@ -287,15 +291,11 @@ class WandbServer:
 
     # In GraphQL
 
-    def find(self, _: Any, name: str, **__: str) -> dict[str, Any]:
+    def model(self, _: Any, name: str, **__: str) -> dict[str, Any]:
         def bucket(_: Any, name: str, **__: bool) -> dict[str, Any] | None:
             return self.runs[name].node() if name in self.runs else None
 
-        def collection(_: Any, name: str) -> dict[str, Any] | None:
-            newest = self.newest(name)
-            return newest.node(newest)["artifactSequence"] if newest else None
-
-        return {**project_node(name), "bucket": bucket, "artifactType": {"artifactCollection": collection}}
+        return {**project_node(name), "bucket": bucket}
 
     def newest(self, collection: str) -> Artifact | None:
         """A collection's latest version that is whole."""
@@ -339,14 +339,26 @@ class WandbServer:
     def create_manifest(self, _: Any, input: dict[str, Any]) -> dict[str, Any]:
         made, run = self.artifacts[input["artifactID"]], self.runs[input["runName"]]
         url = f"{self.url}/upload/manifest/{made.id}/{input['name']}"
-        return {"artifactManifest": {"id": f"{run.name}/{made.id}", "file": {"id": made.id, "uploadUrl": url, "uploadHeaders": []}}}
+        return {
+            "artifactManifest": {"id": f"{run.name}/{made.id}", "file": {"id": made.id, "uploadUrl": url, "uploadHeaders": []}}
+        }
 
     def create_artifact_files(self, _: Any, input: dict[str, Any]) -> dict[str, Any]:
         edges = []
         for asked in input["artifactFiles"]:
             url = f"{self.url}/upload/artifact/{asked['artifactID']}/{quote(asked['name'])}"
             artifact = {"id": asked["artifactID"]}
-            edges.append({"node": {"storagePath": None, "uploadUrl": url, "uploadHeaders": [], "uploadMultipartUrls": None, "artifact": artifact}})
+            edges.append(
+                {
+                    "node": {
+                        "storagePath": None,
+                        "uploadUrl": url,
+                        "uploadHeaders": [],
+                        "uploadMultipartUrls": None,
+                        "artifact": artifact,
+                    }
+                }
+            )
         return {"files": {"edges": edges}}
 
     def commit_artifact(self, _: Any, input: dict[str, Any]) -> dict[str, Any]:
