@@ -1,8 +1,9 @@
 """Weights & Biases and TensorBoard: metrics, pictures and the promoted model. Never in the way of the work.
 
 W&B is offline without a key, and goes on offline where its server does not answer: `wandb sync` brings the files there later,
-from <root>/wandb, or where the root is a bucket from <root>/wandb/<run>, which is written when the job ends. W&B writes down
-where on this machine the files of pictures and models are staged: so they lie beside the run, and are brought back to that place.
+from <root>/wandb, or where the root is a bucket from <root>/wandb/<run>, which is written when the job ends; and so
+what an online run could not send. W&B writes down where on this machine the files of pictures and models are staged: so they lie
+beside the run, and are brought back to that place.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ STAGING = "WANDB_DATA_DIR"  # where W&B looks for the folder in which it stages 
 FINISH_S = 60.0  # for uploads at the end; what is not done by then stays on disk for `wandb sync`
 FLUSH_S = 5.0  # what a killed process has not written to disk yet
 UPLOAD_BYTES_PER_S = 1e7  # and for a model as long as it takes at this speed: 3.4 GB are sent in 6 minutes
-RETRIES = 1_000_000  # a minute apart, as long as the run goes: of an artifact that W&B gives up it deletes the staged files
+RETRIES = 1_000_000  # a minute apart, as long as the run goes: what W&B gives up it forgets
 EVALUATION = "evaluation"
 
 
@@ -100,6 +101,7 @@ class WandbRun:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._wandb, self._settings, self._patience_s = wandb, settings, FINISH_S
         self._service: Any = None  # W&B's own process, where it talks to a server
+        self._staged: list[Path] = []  # files for it, of an online run
         self._begin: dict[str, Any] = {
             "project": settings.wandb.project,
             "id": f"{run_id}-{job}",
@@ -162,6 +164,7 @@ class WandbRun:
         W&B's own way asks the server first, waits for it, and leaves nothing on disk for `wandb sync`.
         """
         artifact, aliases = self._run._prepare_artifact(artifact, aliases=aliases)
+        self._staged += [Path(entry.local_path) for entry in artifact.manifest.entries.values() if entry.local_path]
         self._run._interface.publish_artifact(
             self._run, artifact, aliases, is_user_created=is_user_created, use_after_commit=use_after_commit
         )
@@ -197,6 +200,9 @@ class WandbRun:
             sent = self._sent()
         finally:
             stage(self._staged_before)
+        for file in self._staged if sent else []:
+            if file.is_relative_to(self.directory / "wandb" / "artifacts"):
+                file.unlink(missing_ok=True)
         later = f"wandb sync {folder}" if kept else f"wandb sync --include-online {folder}"
         if self._bucket is not None:
             self._wandb.teardown()  # W&B's own process writes its last lines when it ends
@@ -209,10 +215,7 @@ class WandbRun:
             )
 
     def _sent(self) -> bool:
-        """Finish the run; False where W&B's own process had to be killed, because it waits for the server without end.
-
-        Where it gives up by itself it deletes the files that it has staged for `wandb sync`.
-        """
+        """Finish the run; False where W&B's own process, which would wait for the server, was killed: all is on disk by then."""
         if self._service is None:
             self._run.finish()
             return True

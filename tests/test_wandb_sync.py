@@ -186,8 +186,11 @@ def test_online_it_arrives_live(
     until(lambda: server.runs["demo-1-train"].history)
     go_on(tracker, tmp_path / "weights")
     until(lambda: [one for one in server.artifacts.values() if one.type == "model" and one.committed])
+    staged = {path: path.read_bytes() for path in Path(settings.root).glob("wandb/artifacts/staging/*")}
+    assert b"weights" in staged.values()
     tracker.finish()
     arrived(server, tmp_path / "weights" / "weights.bin")
+    assert b"weights" not in [data for path, data in staged.items() if path.exists()]
     said = capfd.readouterr()
     assert KEY not in said.out + said.err
     assert "W&B" not in said.out
