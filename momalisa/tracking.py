@@ -8,6 +8,7 @@ beside the run, and are brought back to that place.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import shutil
@@ -145,6 +146,7 @@ class WandbRun:
                 run._log_artifact = self._record
                 connection: Any = self._wandb.setup().ensure_service()
                 self._service = connection._proc._process
+                atexit.register(self._sent)  # of a run that nobody finishes, too, W&B would wait for its server
             return run
         except Exception as error:
             if how != "online":
@@ -196,6 +198,7 @@ class WandbRun:
     def finish(self) -> None:
         """Raises TimeoutError where an online run's uploads take too long: all of it stays on disk, or in the bucket."""
         kept, folder = self._run.offline, Path(self._run.dir).parent
+        atexit.unregister(self._sent)
         try:
             sent = self._sent()
         finally:

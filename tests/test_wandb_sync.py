@@ -260,15 +260,18 @@ def test_a_model_is_waited_for_by_its_size(
 
 
 JOB = """
-import sys, time
+import sys
 from momalisa import config, tracking
 
-tracking.FLUSH_S = 0.5
+tracking.FLUSH_S, tracking.FINISH_S = 0.5, 3.0
 root, first, last, ending = sys.argv[1:]
 tracker = tracking.Tracker(config.Settings(name="demo", root=root, wandb=config.Wandb(connect_timeout_s=120)), "demo-1", "train")
 for images in range(int(first), int(last) + 1):
     tracker.log({"loss": 1 / images, "images_seen": images})
-tracker.finish() if ending == "finish" else time.sleep(600)
+if ending == "finish":
+    tracker.finish()
+else:
+    sys.stdin.readline()
 """
 
 
@@ -284,6 +287,11 @@ def came(server: WandbServer) -> list[Any]:
     return [row["images_seen"] for run in server.runs.values() for row in run.history]
 
 
+def cores(pid: int) -> list[psutil.Process]:
+    """W&B's own processes, begun by that one."""
+    return [core for core in psutil.process_iter(["cmdline"]) if str(pid) in (core.info["cmdline"] or [])]
+
+
 @pytest.mark.parametrize("how", ["offline", "online"])
 def test_a_killed_run_goes_on_as_the_same_run(
     server: WandbServer, settings: Settings, monkeypatch: pytest.MonkeyPatch, how: str
@@ -291,10 +299,12 @@ def test_a_killed_run_goes_on_as_the_same_run(
     if how == "online":
         online(server, monkeypatch)
     job = [sys.executable, "-c", JOB, settings.root]
-    with subprocess.Popen([*job, "1", "3", "hang"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as killed:
+    with subprocess.Popen(
+        [*job, "1", "3", "wait"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as killed:
         until(lambda: (came(server) if how == "online" else kept(settings.root)) == [1, 2, 3])
         killed.kill()
-    until(lambda: not [core for core in psutil.process_iter(["cmdline"]) if str(killed.pid) in (core.info["cmdline"] or [])])
+    until(lambda: not cores(killed.pid))
     subprocess.run([*job, "3", "5", "finish"], check=True, capture_output=True, timeout=200)
     if how == "offline":
         assert len(re.findall("Finished syncing", shell(server, f"wandb sync {settings.root}/wandb/offline-run-*"))) == 2
@@ -302,3 +312,20 @@ def test_a_killed_run_goes_on_as_the_same_run(
     assert came(server) == [1, 2, 3, 3, 4, 5]
     assert [row["_step"] for row in run.history] == [0, 1, 2, 3, 4, 5]
     assert (run.name, run.exit_code) == ("demo-1-train", 0)
+
+
+@pytest.mark.slow
+def test_a_run_that_nobody_finishes_ends_without_its_server(
+    server: WandbServer, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    online(server, monkeypatch)
+    job = [sys.executable, "-c", JOB, settings.root, "1", "3", "wait"]
+    with subprocess.Popen(job, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as left:
+        until(lambda: came(server) == [1, 2, 3])
+        server.stop()
+        began = time.monotonic()
+        left.communicate(b"\n", timeout=60)
+        assert time.monotonic() - began < 40
+    assert left.returncode == 0
+    assert not cores(left.pid)
+    server.start()
