@@ -324,7 +324,10 @@ def test_a_run_that_nobody_finishes_ends_without_its_server(
         until(lambda: came(server) == [1, 2, 3])
         server.stop()
         began = time.monotonic()
-        left.communicate(b"\n", timeout=60)
+        try:
+            left.communicate(b"\n", timeout=60)
+        finally:
+            left.kill()
         assert time.monotonic() - began < 40
     assert left.returncode == 0
     assert not cores(left.pid)
