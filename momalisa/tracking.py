@@ -1,15 +1,19 @@
 """Weights & Biases and TensorBoard: metrics, pictures and the promoted model. Never in the way of the work.
 
 W&B is offline without a key, and goes on offline where its server does not answer: `wandb sync` brings the files there later,
-from <root>/wandb, or where the root is a bucket from <root>/wandb/<run>, which is written when the job ends. W&B writes down
-where on this machine the files of pictures and models are staged: so they lie beside the run, and are brought back to that place.
+from <root>/wandb, or where the root is a bucket from <root>/wandb/<run>, which is written when the job ends; and so
+what an online run could not send. W&B writes down where on this machine the files of pictures and models are staged: so they lie
+beside the run, and are brought back to that place.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +26,9 @@ from momalisa.storage import Store
 
 STAGING = "WANDB_DATA_DIR"  # where W&B looks for the folder in which it stages files
 FINISH_S = 60.0  # for uploads at the end; what is not done by then stays on disk for `wandb sync`
+FLUSH_S = 5.0  # what a killed process has not written to disk yet
+UPLOAD_BYTES_PER_S = 1e7  # and for a model as long as it takes at this speed: 3.4 GB are sent in 6 minutes
+RETRIES = 1_000_000  # a minute apart, as long as the run goes: what W&B gives up it forgets
 EVALUATION = "evaluation"
 
 
@@ -93,7 +100,9 @@ class WandbRun:
         self._bucket = Store(settings.root) if "://" in settings.root else None
         self.directory = Path(tempfile.mkdtemp(prefix="momalisa-wandb-") if self._bucket else settings.root).absolute()
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._wandb, self._settings = wandb, settings
+        self._wandb, self._settings, self._patience_s = wandb, settings, FINISH_S
+        self._service: Any = None  # W&B's own process, where it talks to a server
+        self._staged: list[Path] = []  # files for it, of an online run
         self._begin: dict[str, Any] = {
             "project": settings.wandb.project,
             "id": f"{run_id}-{job}",
@@ -103,6 +112,7 @@ class WandbRun:
             "resume": "allow",
             "config": redacted(settings.model_dump(mode="json")),
         }
+        os.environ.pop("WANDB_SERVICE", None)  # of another program, which may end before this one
         beside = mode(settings) != "disabled"
         self._staged_before = stage(str(self.directory / "wandb") if beside else os.environ.get(STAGING))
         try:
@@ -125,11 +135,19 @@ class WandbRun:
             x_disable_meta=True,  # the command line may name a source with its password
             init_timeout=self._settings.wandb.connect_timeout_s,
             login_timeout=self._settings.wandb.connect_timeout_s,
-            finish_timeout=FINISH_S,
-            finish_timeout_raises=how == "online",
+            x_transaction_log_flush_interval=FLUSH_S,
+            x_graphql_retry_max=RETRIES,
+            x_file_stream_retry_max=RETRIES,
+            x_file_transfer_retry_max=RETRIES,
         )
         try:
-            return self._wandb.init(**self._begin, mode=cast("Any", how), settings=options)
+            run: Any = self._wandb.init(**self._begin, mode=cast("Any", how), settings=options)
+            if how == "online":
+                run._log_artifact = self._record
+                connection: Any = self._wandb.setup().ensure_service()
+                self._service = connection._proc._process
+                atexit.register(self._sent)  # of a run that nobody finishes, too, W&B would wait for its server
+            return run
         except Exception as error:
             if how != "online":
                 raise
@@ -139,6 +157,20 @@ class WandbRun:
             print(f"W&B: {server} cannot be used ({reason}); going on offline{later}", flush=True)
             self._wandb.teardown()
             return self._init("offline")
+
+    def _record(
+        self, artifact: Any, *, aliases: Any = None, is_user_created: bool = False, use_after_commit: bool = False, **_: Any
+    ) -> Any:
+        """Log an artifact online as W&B does offline: it is written to disk, and sent when the server answers.
+
+        W&B's own way asks the server first, waits for it, and leaves nothing on disk for `wandb sync`.
+        """
+        artifact, aliases = self._run._prepare_artifact(artifact, aliases=aliases)
+        self._staged += [Path(entry.local_path) for entry in artifact.manifest.entries.values() if entry.local_path]
+        self._run._interface.publish_artifact(
+            self._run, artifact, aliases, is_user_created=is_user_created, use_after_commit=use_after_commit
+        )
+        return artifact
 
     def log(self, metrics: dict[str, float]) -> None:
         self._run.log(metrics)
@@ -155,39 +187,71 @@ class WandbRun:
         with artifact.new_file("version.txt") as file:
             file.write(f"{redacted(self._settings.dataset)} {version}\n")
         self._run.config.update({"dataset_version": version}, allow_val_change=True)
-        if self._run.offline:  # `use_artifact` wants the server; the record of the same use can wait for `wandb sync`
-            self._run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
-        else:
-            self._run.use_artifact(artifact)
+        self._run._log_artifact(artifact, is_user_created=True, use_after_commit=True)  # `use_artifact` waits for the server
 
     def artifact(self, name: str, directory: Path, metadata: dict[str, Any], alias: str) -> None:
         artifact = self._wandb.Artifact(name, type="model", metadata=metadata)
         artifact.add_dir(str(directory))
+        self._patience_s += artifact.size / UPLOAD_BYTES_PER_S
         self._run.log_artifact(artifact, aliases=[alias, "latest"])
 
     def finish(self) -> None:
-        """Raises TimeoutError where an online run's uploads take longer than FINISH_S: what is left of it stays on disk."""
-        offline = self._run.offline
+        """Raises TimeoutError where an online run's uploads take too long: all of it stays on disk, or in the bucket."""
+        kept, folder = self._run.offline, Path(self._run.dir).parent
+        atexit.unregister(self._sent)
         try:
-            self._run.finish()
+            sent = self._sent()
         finally:
             stage(self._staged_before)
+        for file in self._staged if sent else []:
+            if file.is_relative_to(self.directory / "wandb" / "artifacts"):
+                file.unlink(missing_ok=True)
+        later = f"wandb sync {folder}" if kept else f"wandb sync --include-online {folder}"
         if self._bucket is not None:
             self._wandb.teardown()  # W&B's own process writes its last lines when it ends
-            if offline:
-                self._carry(self._bucket)
+            if kept or not sent:
+                later = self._carry(self._bucket, later)
             shutil.rmtree(self.directory)
+        if not sent:
+            raise TimeoutError(
+                f"not all of the run was sent within {self._patience_s:.0f} s: bring it to the server later with `{later}`"
+            )
 
-    def _carry(self, bucket: Store) -> None:
-        """Bring an offline run, and what it has staged, from this machine to <root>/wandb/<run>/<its folder here>."""
+    def _sent(self) -> bool:
+        """Finish the run; False where W&B's own process, which would wait for the server, was killed: all is on disk by then."""
+        if self._service is None:
+            self._run.finish()
+            return True
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            self._service.kill()
+
+        patience = threading.Timer(self._patience_s, give_up)
+        patience.start()
+        try:
+            self._run.finish()
+        except Exception:
+            if not late.is_set():
+                raise
+            self._service.wait()
+            with contextlib.suppress(Exception):  # it cannot say goodbye
+                self._wandb.teardown()
+        finally:
+            patience.cancel()
+        return not late.is_set()
+
+    def _carry(self, bucket: Store, later: str) -> str:
+        """Bring a run, and what it has staged, from this machine to <root>/wandb/<run>/<its folder here>; say how it goes on."""
         folder, here = f"wandb/{self._begin['name']}/{self.directory.name}", self.directory.parent
         for part in (self.directory / "wandb").iterdir():
             if part.is_dir() and not part.is_symlink():  # W&B's links say which run is the latest
                 bucket.upload(part, f"{folder}/wandb/{part.name}")
-        fetch = f"mkdir -p {here} && gcloud storage cp -r {bucket.url(folder)} {here}"
-        how = f"`{fetch} && wandb sync {self.directory}/wandb/offline-run-*`"
-        bucket.write_bytes(f"{folder}/README", f"{how}\n".encode())
-        print(f"W&B: this offline run is in {bucket.url(folder)}; bring it to the server with {how}", flush=True)
+        how = f"mkdir -p {here} && gcloud storage cp -r {bucket.url(folder)} {here} && {later}"
+        bucket.write_bytes(f"{folder}/README", f"`{how}`\n".encode())
+        print(f"W&B: this run is in {bucket.url(folder)}; bring it to the server with `{how}`", flush=True)
+        return how
 
 
 def stage(folder: str | None) -> str | None:

@@ -137,9 +137,9 @@ def test_an_offline_run_beside_a_bucket_is_brought_there(
     (readme,) = (path for path in store.list("wandb/demo-1") if path.endswith("/README"))
     folder, name = readme.removesuffix("/README"), readme.split("/")[-2]
     here = tmp_path / "node"
-    how = f"`mkdir -p {here} && gcloud storage cp -r {root}/{folder} {here} && wandb sync {here}/{name}/wandb/offline-run-*`"
+    how = f"`mkdir -p {here} && gcloud storage cp -r {root}/{folder} {here} && wandb sync {here}/{name}/wandb/offline-run-"
     assert how in capsys.readouterr().out
-    assert store.read_bytes(readme).decode() == f"{how}\n"
+    assert store.read_bytes(readme).decode().startswith(how)
     assert not list(here.glob("momalisa-wandb-*"))
     shutil.rmtree(here)  # the node is given back; another machine does as it is told
     for path in store.list(folder):
