@@ -41,7 +41,8 @@ from momalisa import config
 from serve.api import create_app
 from serve.replica import Generator
 settings = config.from_file("configs/demo.yaml", ["--root=" + sys.argv[1], "--serve.precision=bf16", "--serve.watch_s=0",
-    "--serve.max_rows=16", "--serve.max_waiting_rows=48", "--serve.max_waiting_rows_per_key=48", "--serve.threads=" + sys.argv[3]])
+    "--serve.max_rows=16", "--serve.max_waiting_rows=48", "--serve.max_waiting_rows_per_key=48",
+    "--serve.threads=" + sys.argv[3]])
 generator = Generator(settings)
 listener = socket.socket(fileno=int(sys.argv[2]))
 uvicorn.Server(uvicorn.Config(create_app(generator, settings.serve), log_level="warning")).run(sockets=[listener])
@@ -144,7 +145,7 @@ class Load:
     async def rate(self, seconds: float) -> float:
         """Pictures/s without the first fifth, in which the line fills.
 
-        By the steps that were done: pictures of one batch end together, and whether one batch more ends within the time is chance.
+        By the steps that were done: a batch's pictures end together, and whether one batch more ends in time is chance.
         """
         await asyncio.sleep(seconds / 5)
         before, start = await self.row_steps(), time.monotonic()
