@@ -21,6 +21,7 @@ from __future__ import annotations
 import io
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ def measure(kind: str, of: str, files: Sequence[bytes], rounds: int) -> dict[str
     """One kind of pictures, as collect stores them."""
     torch.set_num_threads(1)
     data = [clean(file, Collect()).bytes for file in files]
+    warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # it is only read
     theirs = BlipImageProcessorPil()
     square, place = square_of(theirs), torch.empty(3, 384, 384)
     std = torch.tensor(theirs.image_std)[:, None, None]

@@ -29,7 +29,7 @@ class Square:
     keep: Literal["all", "centre"] = "all"
 
     def __call__(self, picture: Image.Image) -> NDArray[np.uint8]:
-        """A picture of any mode -> [S, S, 3] RGB."""
+        """A picture of any mode -> [S, S, 3] RGB, to be read only."""
         width, height = picture.size
         if self.keep == "all" and self.resample == Image.Resampling.BICUBIC and min(width, height) >= self.size_px:
             return _squeezed(picture if picture.mode == "RGB" else picture.convert("RGB"), self.size_px)

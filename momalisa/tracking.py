@@ -102,7 +102,7 @@ class WandbRun:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._wandb, self._settings, self._patience_s = wandb, settings, FINISH_S
         self._service: Any = None  # W&B's own process, where it talks to a server
-        self._staged: list[Path] = []  # files for it, of an online run
+        self._finishing, self._finished, self._late, self._ending = *(threading.Event() for _ in range(3)), threading.Lock()
         self._begin: dict[str, Any] = {
             "project": settings.wandb.project,
             "id": f"{run_id}-{job}",
@@ -146,6 +146,7 @@ class WandbRun:
                 run._log_artifact = self._record
                 connection: Any = self._wandb.setup().ensure_service()
                 self._service = connection._proc._process
+                threading.Thread(target=self._end_in_time, daemon=True).start()
                 atexit.register(self._sent)  # of a run that nobody finishes, too, W&B would wait for its server
             return run
         except Exception as error:
@@ -166,7 +167,6 @@ class WandbRun:
         W&B's own way asks the server first, waits for it, and leaves nothing on disk for `wandb sync`.
         """
         artifact, aliases = self._run._prepare_artifact(artifact, aliases=aliases)
-        self._staged += [Path(entry.local_path) for entry in artifact.manifest.entries.values() if entry.local_path]
         self._run._interface.publish_artifact(
             self._run, artifact, aliases, is_user_created=is_user_created, use_after_commit=use_after_commit
         )
@@ -203,9 +203,6 @@ class WandbRun:
             sent = self._sent()
         finally:
             stage(self._staged_before)
-        for file in self._staged if sent else []:
-            if file.is_relative_to(self.directory / "wandb" / "artifacts"):
-                file.unlink(missing_ok=True)
         later = f"wandb sync {folder}" if kept else f"wandb sync --include-online {folder}"
         if self._bucket is not None:
             self._wandb.teardown()  # W&B's own process writes its last lines when it ends
@@ -214,33 +211,36 @@ class WandbRun:
             shutil.rmtree(self.directory)
         if not sent:
             raise TimeoutError(
-                f"not all of the run was sent within {self._patience_s:.0f} s: bring it to the server later with `{later}`"
+                f"not all of the run was sent, with {self._patience_s:.0f} s at the end for it: bring it to the server later "
+                f"with `{later}`"
             )
 
     def _sent(self) -> bool:
-        """Finish the run; False where W&B's own process, which would wait for the server, was killed: all is on disk by then."""
-        if self._service is None:
-            self._run.finish()
-            return True
-        late = threading.Event()
-
-        def give_up() -> None:
-            late.set()
-            self._service.kill()
-
-        patience = threading.Timer(self._patience_s, give_up)
-        patience.start()
+        """Finish the run; False where W&B's own process, which would wait for the server, has ended: all is on disk by then."""
+        self._finishing.set()
         try:
             self._run.finish()
         except Exception:
-            if not late.is_set():
+            if self._service is None or (self._service.poll() is None and not self._late.is_set()):
                 raise
-            self._service.wait()
-            with contextlib.suppress(Exception):  # it cannot say goodbye
-                self._wandb.teardown()
         finally:
-            patience.cancel()
-        return not late.is_set()
+            with self._ending:
+                self._finished.set()
+        if self._service is None or (self._service.poll() is None and not self._late.is_set()):
+            return True
+        self._service.wait()
+        with contextlib.suppress(Exception):  # it cannot say goodbye
+            self._wandb.teardown()
+        return False
+
+    def _end_in_time(self) -> None:
+        """End W&B's process where finishing takes too long; in a thread from the start: at a program's exit none can begin."""
+        self._finishing.wait()
+        self._finished.wait(self._patience_s)
+        with self._ending:
+            if not self._finished.is_set():
+                self._late.set()
+                self._service.kill()
 
     def _carry(self, bucket: Store, later: str) -> str:
         """Bring a run, and what it has staged, from this machine to <root>/wandb/<run>/<its folder here>; say how it goes on."""

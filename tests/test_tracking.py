@@ -41,15 +41,15 @@ BLOCK = 32_768  # of a LevelDB log: records of (crc, length, type) and data, non
 
 
 def pieces(data: bytes) -> Iterator[bytes]:
-    """The whole records of a .wandb file: LevelDB's log format after 7 bytes of W&B's own."""
-    assert data[:4] == b":W&B"
+    """The whole records of a .wandb file, which may grow yet: LevelDB's log format after 7 bytes of W&B's own."""
+    assert b":W&B".startswith(data[:4])
     place, whole = 7, b""
     while place + 7 <= len(data):
         if BLOCK - place % BLOCK < 7:
             place += BLOCK - place % BLOCK
             continue
         _, length, kind = struct.unpack("<IHB", data[place : place + 7])
-        if kind not in (1, 2, 3, 4):  # whole, first, middle, last
+        if kind not in (1, 2, 3, 4) or place + 7 + length > len(data):  # whole, first, middle, last
             return
         whole += data[place + 7 : place + 7 + length]
         place += 7 + length

@@ -189,7 +189,7 @@ class WandbServer:
     """Runs by name and artifacts by id. `mode` is how it answers: as it should, `failing` (500), or `silent` (not at all)."""
 
     def __init__(self, key: str) -> None:
-        self.key, self.mode, self.port = key, "", 0
+        self.key, self.mode, self.port, self._thread = key, "", 0, threading.Thread()
         self.runs, self.artifacts = dict[str, Run](), dict[str, Artifact]()
         self.asked, self.refused, self.bodies = list[str](), list[str](), list[bytes]()
         self.root: dict[str, Any] = {
@@ -211,7 +211,9 @@ class WandbServer:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """In a thread, on a free port, and the next time on the same one."""
+        """In a thread, on a free port, and the next time on the same one; where it runs already, nothing happens."""
+        if self._thread.is_alive():
+            return
         app = web.Application(client_max_size=2**26, middlewares=[self.admit])
         app.router.add_post("/graphql", self.graphql)
         app.router.add_post("/files/{entity}/{project}/{run}/file_stream", self.file_stream)
@@ -227,14 +229,15 @@ class WandbServer:
             await self._over.wait()
             await runner.cleanup()
 
-        self._thread = threading.Thread(target=lambda: asyncio.run(serve()))
+        self._thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
         self._thread.start()
         assert started.wait(30)
 
     def stop(self) -> None:
         """What it keeps outlives it."""
-        self._loop.call_soon_threadsafe(self._over.set)
-        self._thread.join()
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._over.set)
+            self._thread.join()
 
     @web.middleware
     async def admit(self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.Response]]) -> web.Response:

@@ -145,7 +145,10 @@ def _kept(index: Path) -> pa.Table | None:
     """The index of a file that is there and as long as it says; else None."""
     if not index.exists():
         return None
-    rows, moments = pq.read_table(index), index.with_suffix(".f16")
+    try:
+        rows, moments = pq.read_table(index), index.with_suffix(".f16")
+    except pa.ArrowInvalid:  # it was cut short
+        return None
     size = 2 * sum(math.prod(shape) for shape in rows["shape"].to_pylist())
     return rows if moments.exists() and moments.stat().st_size == size else None
 

@@ -453,8 +453,8 @@ class TestOnRay:
             path, manners = listing(tmp_path, address, 40), {"obey_robots": False, "max_bad_fraction": 1.0}
             limits = {"block_size": 20, "tasks": 2, "per_host": 4, "requests_per_second": 4}
             summary = collect.run(settings_for(tmp_path / "root", path, "moma", **manners, **limits))
-        assert summary["reasons"]["blocked"] == summary["rejected"] >= 30
-        assert not [at for at, _ in strained.asked if at > strained.sent_away_at + 2]
+        assert summary["reasons"]["blocked"] == summary["rejected"] >= 20
+        assert not [at for at, _ in strained.asked if at > strained.sent_away_at + 4]  # the others would last 9 s
 
     def test_only_rejected_works_are_asked_for_again(self, tmp_path: Path) -> None:
         busy = Busy()

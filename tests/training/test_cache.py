@@ -107,7 +107,10 @@ def test_a_file_that_a_power_failure_cut_short_is_fetched_anew(dataset: Dataset,
     for size in (0, file.stat().st_size - 2):
         os.truncate(file, size)
         assert torch.equal(caches.load(dataset, [table], folder).stacked(), expected)
-    file.unlink()
+    for lost in (file, file.with_suffix(".parquet")):
+        lost.unlink()
+        assert torch.equal(caches.load(dataset, [table], folder).stacked(), expected)
+    os.truncate(file.with_suffix(".parquet"), 100)
     assert torch.equal(caches.load(dataset, [table], folder).stacked(), expected)
 
 
