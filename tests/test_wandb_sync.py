@@ -233,6 +233,28 @@ def test_a_server_that_dies_stops_nothing_and_gets_it_all_later(
     arrived(server, tmp_path / "weights" / "weights.bin")
 
 
+def test_what_wandb_has_on_disk_is_kept_where_its_process_is_killed(
+    server: WandbServer,
+    settings: Settings,
+    tmp_path: Path,
+    node: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    online(server, monkeypatch)
+    tracker = begin(settings.model_copy(update={"root": f"file://{tmp_path}/bucket"}))
+    (folder,) = node.iterdir()
+    until(lambda: kept(str(folder)) == [32])
+    for core in psutil.Process().children(recursive=True):
+        if core.name() == "wandb-core":
+            core.kill()
+    tracker.finish()
+    (command,) = re.findall("later with `(mkdir .*)`", capsys.readouterr().out.splitlines()[-1])
+    assert not folder.exists()
+    shell(server, command)
+    assert 32 in came(server)
+
+
 @pytest.mark.slow
 def test_a_model_is_waited_for_by_its_size(
     server: WandbServer,
